@@ -1,0 +1,95 @@
+# Everything a reader needs, as `make TARGET`. `make` alone lists the targets.
+#
+#   VENV=PATH         the virtual environment, .venv by default; `VENV=` (empty) uses the python on PATH, as in conda
+#   CONSTRAINTS=      (empty) lets pip choose the newest versions instead of the tested ones
+#   TORCH_INDEX=URL   take torch and torchvision from another wheel index first, such as PyTorch's own CPU wheels
+#   OUT=DIR           where tables and figures are written, results/mini by default
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+VENV        ?= .venv
+PYTHON      ?= python3
+CONSTRAINTS ?= constraints.txt
+TORCH_INDEX ?=
+OUT         ?= results/mini
+
+ifeq ($(strip $(VENV)),)
+BIN   :=
+READY :=
+else
+BIN   := $(VENV)/bin/
+READY := $(VENV)/.ok
+endif
+PY  := $(BIN)python
+PIP := $(PY) -m pip install -q $(if $(strip $(CONSTRAINTS)),-c $(CONSTRAINTS))
+
+# One BLAS thread per process and one process per core is the fastest split for the tests.
+WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count() or 1, 8))')
+PAPER   := $(sort $(wildcard nbs/paper/*.ipynb))
+PAPERMILL := $(BIN)papermill -k python3 --no-progress-bar --start-timeout 180 --execution-timeout 3600
+
+.PHONY: help install figure4 table3 fig5 fig6 theorem41 results checkpoints bench test check readme clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z][a-z0-9]*:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+ifneq ($(READY),)
+$(READY): pyproject.toml $(CONSTRAINTS)
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+ifneq ($(strip $(TORCH_INDEX)),)
+	$(PIP) torch torchvision --index-url $(TORCH_INDEX)
+endif
+	$(PIP) -e ".[dev]"
+	touch $@
+endif
+
+install: $(READY) ## create .venv and install adcam with its tools (minutes the first time, then nothing)
+	@$(PY) -c "import adcam" || { echo 'adcam is not importable by "$(PY)": run pip install -e ".[dev]" there' >&2; exit 1; }
+
+# $(call paper,NAME): run one notebook at full size; its kernel, its parameters and its output are named on the line.
+define paper
+	@mkdir -p $(OUT)
+	$(PAPERMILL) nbs/paper/$(1).ipynb $(OUT)/$(1).ipynb -f configs/$(1).yaml -p out_dir $(OUT) 2> >(grep -v 'over TCP without encryption' >&2)
+	@$(PY) tools/show.py $(OUT) $(1)
+endef
+
+figure4: install ## Figure 4: mIoU, FP and FN against k and T, from the shipped checkpoints
+	$(call paper,fig4)
+
+table3: install ## Table 3: CAM, TS-CAM, Att-Diffu, AD-CAM with and without stop-gradient
+	$(call paper,table3)
+
+fig5: install ## Figure 5: heat maps of the methods with their FP and FN
+	$(call paper,fig5)
+
+fig6: install ## Figure 6: the diffusion step by step
+	$(call paper,fig6)
+
+theorem41: install ## Theorem 4.1 checked on random neighborhoods
+	$(call paper,theorem41)
+
+results: figure4 table3 fig5 fig6 theorem41 ## every table and figure
+
+checkpoints: install ## train the three seeds anew, with and without stop-gradient (hours on a CPU)
+	$(PY) -m adcam.cli checkpoints
+
+bench: install ## measure speed ratios, written to $(OUT)/bench.json
+	$(PY) -m adcam.cli bench --out $(OUT)
+
+test: install ## module notebooks, then every figure notebook at smoke size, then pytest
+	OMP_NUM_THREADS=1 $(BIN)nbdev_test --path nbs --skip_folder_re '^[_.]|^paper$$' --n_workers $(WORKERS) --timing
+	OMP_NUM_THREADS=1 $(PY) tools/smoke.py $(PAPER)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q tests
+
+check: install ## the exported modules, the notebooks and README.md agree
+	$(PY) tools/check.py
+
+readme: install ## write README.md from nbs/index.ipynb
+	$(PY) tools/readme.py
+
+clean: ## remove caches and executed notebooks, keep what was measured
+	rm -rf .cache _proc _docs build dist .pytest_cache .hypothesis results/try
+	find . -path ./.venv -prune -o -name __pycache__ -type d -print | xargs -r rm -rf
+	find results -name '*.ipynb' -delete

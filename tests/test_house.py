@@ -1,0 +1,237 @@
+"""The house is in order: notebooks, exported modules, packaging files and README say the same thing."""
+import ast
+import configparser
+import importlib.metadata
+import re
+import subprocess
+import sys
+import tomllib
+
+import nbformat
+import pytest
+import yaml
+from conftest import ROOT
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+PAPER = [p for p in NOTEBOOKS if p.parent.name == "paper"]
+MODULES = [p for p in NOTEBOOKS if p.parent == ROOT / "nbs" and p.name != "index.ipynb"]
+EXPORTED = [p for p in sorted((ROOT / "adcam").rglob("*.py")) if p.name not in ("__init__.py", "_modidx.py")]
+# a path that exists on one machine only: a home, a temporary folder, a working folder
+MACHINE_PATH = re.compile(r"""(?<![\w./~-])(?:/(?:home|Users|root|tmp|work|var|mnt|opt|private)/[\w.-]+|[A-Z]:\\\\?[\w.-]+)""")
+TEXTS = {".json", ".csv", ".md", ".yaml", ".yml", ".toml", ".ini", ".cff", ".txt", ".py", ".log"}
+
+
+def name_of(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+def read(path):
+    return nbformat.read(path, as_version=4)
+
+
+@pytest.fixture(scope="module")
+def project():
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+@pytest.fixture(scope="module")
+def settings():
+    parser = configparser.ConfigParser(interpolation=None)
+    parser.read(ROOT / "settings.ini")
+    return parser["DEFAULT"]
+
+
+# ---------------------------------------------------------------- notebooks
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
+def test_notebook_is_clean(path):
+    nb = read(path)
+    nbformat.validate(nb)
+    assert (nb.nbformat, nb.nbformat_minor) >= (4, 5), "cell ids need nbformat 4.5"
+    assert len({c.id for c in nb.cells}) == len(nb.cells)
+    assert nb.metadata.kernelspec.name == "python3"
+    for cell in nb.cells:
+        assert cell.get("execution_count") is None, f"run nbdev_clean: cell {cell.id} keeps its execution count"
+        assert set(cell.metadata) <= {"tags"}, f"run nbdev_clean: cell {cell.id} keeps {set(cell.metadata)}"
+        assert "injected-parameters" not in cell.metadata.get("tags", []), "papermill wrote into nbs/"
+        for output in cell.get("outputs", []):
+            assert output.output_type != "error", f"cell {cell.id} was committed with its error"
+
+
+@pytest.mark.parametrize("path", PAPER, ids=name_of)
+def test_figure_notebook_has_one_parameters_cell_and_no_outputs(path):
+    cells = read(path).cells
+    tagged = [i for i, c in enumerate(cells) if "parameters" in c.metadata.get("tags", [])]
+    assert len(tagged) == 1, f"{len(tagged)} cells carry the tag `parameters`; papermill needs exactly one"
+    assert not any(c.get("outputs") for c in cells), "commit figure notebooks without outputs"
+    lines = [x for x in cells[tagged[0]].source.splitlines() if x.strip() and not x.lstrip().startswith("#")]
+    for line in lines:
+        assert re.match(r"\w+\s*:\s*[\w\[\], .|]+=.*#\s*\S", line), f"`{line}` needs a type and a comment: papermill shows them as help"
+    later = "\n".join(c.source for c in cells[tagged[0] + 1:] if c.cell_type == "code")
+    assert "check_parameters(" in later, "a misspelt parameter would pass unnoticed"
+
+
+@pytest.mark.parametrize("path", PAPER, ids=name_of)
+def test_full_size_parameters_exist(path):
+    config = ROOT / f"configs/{path.stem}.yaml"
+    given = yaml.safe_load(config.read_text())
+    cell = next(c for c in read(path).cells if "parameters" in c.metadata.get("tags", []))
+    names = {t.id for node in ast.parse(cell.source).body if isinstance(node, (ast.Assign, ast.AnnAssign))
+             for t in (node.targets if isinstance(node, ast.Assign) else [node.target])}
+    assert set(given) <= names, f"{config.name} sets {set(given) - names}, which {path.name} does not know"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_module_notebook_opens_with_title_and_promise(path):
+    cells = read(path).cells
+    title = cells[0].source.strip().splitlines()
+    assert cells[0].cell_type == "markdown"
+    assert title[0].startswith("# ") and any(x.startswith("> ") for x in title[1:]), "first cell: `# title` and `> promise`"
+    assert all(not x.strip() or x.startswith(("# ", "> ", "- ")) for x in title), "nbdev drops anything else from the title cell"
+    assert cells[1].source.startswith("#| default_exp "), "second cell: `#| default_exp name`"
+    assert path.stat().st_size <= 200_000, f"{path.stat().st_size} bytes: lower the dpi of its pictures"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
+def test_notebook_names_no_machine_path(path):
+    for cell in read(path).cells:
+        texts = [cell.source]
+        for output in cell.get("outputs", []):
+            texts += [str(v) for k, v in output.get("data", {}).items() if not k.startswith("image/")]
+            texts += [output.get("text", "")]
+        for text in texts:
+            assert not MACHINE_PATH.search(text), f"cell {cell.id}: {MACHINE_PATH.search(text)[0]}"
+
+
+def test_committed_texts_name_no_machine_path():
+    roots = [ROOT / "results", ROOT / "configs", ROOT / "adcam", ROOT / "tools"]
+    files = [p for r in roots if r.exists() for p in r.rglob("*")
+             if p.suffix in TEXTS and not {"cache", "seeds", "__pycache__"} & set(p.parts)]
+    files += [p for p in ROOT.iterdir() if p.suffix in TEXTS]
+    found = {name_of(p): m[0] for p in files if (m := MACHINE_PATH.search(p.read_text(encoding="utf-8")))}
+    assert not found
+
+
+# ---------------------------------------------------------------- exported modules
+
+@pytest.mark.parametrize("path", EXPORTED, ids=name_of)
+def test_module_names_an_existing_notebook(path):
+    head = path.read_text().splitlines()[:5]
+    sources = [m[1] for line in head if (m := re.search(r"File to edit: (\S+\.ipynb)", line))]
+    assert sources, f"{path.name} has no nbdev header: was it written by hand?"
+    assert (path.parent / sources[0]).resolve().exists(), f"its notebook {sources[0]} is gone; delete the module"
+
+
+@pytest.mark.parametrize("path", EXPORTED, ids=name_of)
+def test_module_imports_nothing_of_the_workshop(path):
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {a.name.split(".")[0] for a in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(node.module.split(".")[0])
+    assert not found & {"fastcore", "nbdev", "execnb", "pytest", "hypothesis"}
+
+
+@pytest.mark.parametrize("path", EXPORTED, ids=name_of)
+def test_every_export_has_a_docstring(path):
+    tree = ast.parse(path.read_text())
+    bare = [n.name for n in tree.body
+            if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_") and not ast.get_docstring(n)]
+    assert not bare
+
+
+def test_cam_imports_nothing_of_the_project():
+    path = ROOT / "adcam/cam.py"
+    tree = ast.parse(path.read_text())
+    assert not [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and (n.level or (n.module or "").startswith("adcam"))]
+
+
+def test_modules_import_only_modules_above():
+    order = {p.stem.split("_", 1)[1]: i for i, p in enumerate(MODULES)}
+    wrong = []
+    for path in EXPORTED:
+        me = order[path.stem]
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level and node.module in order and order[node.module] >= me:
+                wrong.append(f"{path.stem} imports {node.module}")
+    assert not wrong
+
+
+# ---------------------------------------------------------------- README, settings, packaging
+
+def test_readme_is_made_from_the_index():
+    subprocess.run([sys.executable, str(ROOT / "tools/readme.py"), "--check"], check=True)
+
+
+def test_readme_links_exist():
+    text = (ROOT / "README.md").read_text()
+    links = re.findall(r"\]\(([^)#\s]+)", text) + re.findall(r'src="([^"]+)"', text)
+    missing = [x for x in links if not re.match(r"[a-z]+:", x) and not (ROOT / x).exists()]
+    assert links and not missing
+
+
+def test_settings_agree_with_pyproject(settings, project):
+    assert settings["lib_name"] == project["name"]
+    assert project["requires-python"] == f">={settings['min_python']}"
+    assert settings["description"] == project["description"]
+    assert not settings["requirements"].split() and not settings["dev_requirements"].split(), "pyproject.toml is the one source"
+    assert "tags" in settings["allowed_cell_metadata_keys"].split(), "nbdev_clean would delete papermill's tag"
+    import adcam
+    assert adcam.__version__ == settings["version"] == importlib.metadata.version("adcam")
+
+
+def test_every_dependency_is_installed_in_a_fitting_version(project):
+    listed = project["dependencies"] + project["optional-dependencies"]["dev"]
+    for requirement in map(Requirement, listed):
+        assert requirement.specifier.contains(importlib.metadata.version(requirement.name)), str(requirement)
+
+
+def test_constraints_pin_the_dependencies(project):
+    lines = [x for x in (ROOT / "constraints.txt").read_text().splitlines() if x and not x.startswith("#")]
+    pins = {}
+    for requirement in map(Requirement, lines):
+        (spec,) = requirement.specifier
+        assert spec.operator == "==", f"{requirement} is no pin"
+        pins[requirement.name.lower().replace("_", "-")] = Version(spec.version)
+    assert not [n for n in pins if n.startswith("nvidia") or n == "adcam"]
+    for requirement in map(Requirement, project["dependencies"] + project["optional-dependencies"]["dev"]):
+        pin = pins[requirement.name.lower().replace("_", "-")]
+        assert requirement.specifier.contains(pin), f"constraints.txt has {pin}, pyproject.toml wants {requirement}"
+
+
+def test_environment_yml(settings):
+    env = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert set(env) == {"name", "channels", "dependencies"} and env["name"] == "adcam"
+    plain = [d for d in env["dependencies"] if isinstance(d, str)]
+    (pip,) = [d["pip"] for d in env["dependencies"] if isinstance(d, dict)]
+    assert pip == ["-e .[dev]"], "what pip installs is said in pyproject.toml only"
+    (python,) = [d.split("=", 1)[1] for d in plain if d.startswith("python=")]
+    assert Version(python) >= Version(settings["min_python"])
+    for name, version in (d.split("=", 1) for d in plain if "=" in d and not d.startswith("python=")):
+        assert version == importlib.metadata.version(name)
+
+
+def test_citation_and_license_agree(settings, project):
+    cff = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert cff["version"] == settings["version"] and cff["license"] == project["license"] == "Apache-2.0"
+    assert "2211.10931" in cff["preferred-citation"]["journal"]
+    assert "TERMS AND CONDITIONS FOR USE, REPRODUCTION, AND DISTRIBUTION" in (ROOT / "LICENSE").read_text()
+
+
+def test_make_help_lists_every_target():
+    makefile = (ROOT / "Makefile").read_text()
+    phony = re.search(r"^\.PHONY:(.*)$", makefile, re.M)[1].split()
+    listed = subprocess.run(["make", "-s", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert set(re.findall(r"^  make (\w+)", listed, re.M)) == set(phony)
+    for path in PAPER:
+        assert f"configs/{path.stem}.yaml" or path.stem in listed
+
+
+def test_checkpoints_are_small_and_installed():
+    files = list((ROOT / "adcam/checkpoints").glob("*.safetensors"))
+    assert sum(p.stat().st_size for p in files) <= 12_000_000
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["adcam"]
+    assert "checkpoints/*.safetensors" in data

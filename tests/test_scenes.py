@@ -1,0 +1,177 @@
+"adcam.scenes: what is drawn, what it is called, and what stays the same."
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+from PIL import Image
+
+from adcam import scenes as S
+from adcam.scenes import CLASSES, SPLITS, TEXTURES, Scenes, describe_scene, render_scene, write_voc
+from adcam.viz import palette
+
+# (seed, single, objects from back to front, mean color at 64 px, foreground pixels): the pixels the shipped checkpoints were trained on
+FROZEN = [(0, False, ["aeroplane", "aeroplane"], [166.4, 180.7, 181.9], 812), (7, False, ["aeroplane", "bird"], [167.3, 176.5, 175.3], 1454),
+          (116, False, ["cow", "cat", "horse"], [124.0, 100.6, 93.3], 1640), (10_000_003, False, ["bird", "horse"], [162.6, 169.7, 175.2], 813),
+          (100_000_001, True, ["horse"], [134.4, 122.1, 109.6], 1871), (100_000_017, True, ["boat"], [125.2, 142.1, 156.2], 1106)]
+
+
+@pytest.mark.parametrize("seed, single, names, color, pixels", FROZEN)
+def test_pixels_are_frozen(seed, single, names, color, pixels):
+    "If this fails on purpose: raise RENDER_VERSION and train the checkpoints again."
+    d = describe_scene(seed, 64, single)
+    assert [o.name for o in d.instances] == names
+    assert np.abs(d.sample.image.mean((0, 1)) - color).max() < 0.6
+    assert abs(int((d.sample.mask > 0).sum()) - pixels) <= 8
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 2**40), st.sampled_from([32, 48, 80]), st.booleans())
+def test_every_scene_is_consistent(seed, size, single):
+    d = describe_scene(seed, size, single)
+    s = d.sample
+    assert s.image.shape == (size, size, 3) and s.image.dtype == np.uint8 and s.mask.shape == (size, size) and s.mask.dtype == np.uint8
+    assert s.label.dtype == np.float32 and set(np.flatnonzero(s.label) + 1) == set(np.unique(s.mask)) - {0}
+    assert 1 <= s.label.sum() <= (1 if single else 3)
+    assert ((d.owner > 0) == (s.mask > 0)).all() and ((d.parts > 0) == (s.mask > 0)).all() and d.owner.max() <= len(d.instances)
+    for i, o in enumerate(d.instances, 1):
+        assert (s.mask[d.owner == i] == CLASSES.index(o.name) + 1).all()
+        assert o.area == pytest.approx((d.owner == i).mean()) and o.texture in TEXTURES and o.context == d.context
+        assert 0 < o.visible <= 1 and all(0 <= p <= 1 for p in o.parts)
+
+
+def test_same_seed_same_pixels_other_seed_other_pixels():
+    a, b, c = render_scene(5, 64), render_scene(5, 64), render_scene(6, 64)
+    assert (a.image == b.image).all() and (a.mask == b.mask).all() and (a.image != c.image).any()
+
+
+def test_composition_is_the_same_at_other_sizes():
+    for seed in (3, 116):
+        small, large = render_scene(seed, 64), render_scene(seed, 640)
+        assert (small.label == large.label).all() and (large.mask[5::10, 5::10] == small.mask).mean() > 0.96
+
+
+def test_statistics_of_the_train_split():
+    found = [describe_scene(i, 64) for i in range(250)]
+    objects = [o for d in found for o in d.instances]
+    labels = np.stack([d.sample.label for d in found])
+    assert 0.50 < (labels.sum(1) == 1).mean() < 0.68
+    assert 0.20 < np.mean([(d.sample.mask > 0).mean() for d in found]) < 0.30
+    assert 0.04 < min(o.area for o in objects) < 0.08 and 0.45 < max(o.area for o in objects) < 0.68
+    assert labels.sum(0).min() > 15
+    assert 0.2 < np.mean([o.visible < 0.98 for o in objects]) < 0.5 and 0.2 < np.mean([o.truncated for o in objects]) < 0.5
+    assert np.mean([min(o.parts) > 0.3 for o in objects]) > 0.98
+    assert {o.texture for o in objects} == set(TEXTURES) and len({o.coat for o in objects}) == 13
+
+
+def numbers(name):
+    pen = S._Pen(64, 30, 34, 20)
+    body, front, rear, _ = S._RECIPES[name]
+    S._BODIES[body][0](pen, np.full(4, 0.5), front, rear)
+    return np.asarray(pen.image)
+
+
+@pytest.mark.parametrize("family", [CLASSES[:4], CLASSES[4:7], CLASSES[8:]])
+def test_a_family_differs_in_its_parts_alone(family):
+    drawn = np.stack([numbers(c) for c in family])
+    body = (drawn < S._FRONT).all(0)
+    assert (drawn[:, body] == drawn[:1, body]).all()
+    assert len({d.tobytes() for d in drawn}) == len(family)
+
+
+def test_no_part_decides_alone_in_the_animal_family_and_distractors_have_none():
+    for k in (1, 2):
+        parts = [S._RECIPES[c][k] for c in CLASSES[:4]]
+        assert sorted(parts.count(p) for p in set(parts)) == [2, 2]
+    for draw in S._DISTRACTORS.values():
+        pen = S._Pen(64, 32, 32, 15)
+        draw(pen, np.full(4, 0.3))
+        assert 0 < np.asarray(pen.image).max() < S._FRONT
+
+
+def test_splits_do_not_overlap():
+    first = sorted(base for base, _ in SPLITS.values())
+    assert all(b - a >= S._RANGE for a, b in zip(first, first[1:]))
+    everything = [i for s in SPLITS for i in Scenes(s, n=20).ids]
+    assert len(set(everything)) == len(everything)
+    assert {s: len(Scenes(s)) for s in SPLITS} == dict(train=2000, val=500, test=500, pretrain=20_000)
+
+
+def test_protocol():
+    ds = Scenes("val", n=5, size=48)
+    assert len(ds) == 5 and ds.classes == CLASSES and ds.ids[4] == ds[4].id == ds[-1].id == "val_000004" and len(list(ds)) == 5
+    assert (ds[2].image == Scenes("val", n=400, size=48)[2].image).all()
+    assert (Scenes("pretrain", n=2, size=48)[0].label.sum(), len(ds.fingerprint())) == (1, 64)
+    prints = {Scenes(*a).fingerprint() for a in (("val", 5, 48), ("val", 6, 48), ("test", 5, 48), ("val", 5, 64))}
+    assert len(prints) == 4 and ds.fingerprint() in prints
+
+
+def same(a, b): return a.id == b.id and all((x == y).all() for x, y in zip(a[1:], b[1:]))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_cache_holds_the_same_samples(tmp_path, workers):
+    plain, kept = Scenes("test", n=60, size=32), Scenes("test", n=60, size=32, cache=tmp_path, workers=workers)
+    assert all(same(a, b) for a, b in zip(plain, kept))
+    assert len(list(tmp_path.iterdir())) == 1  # no temporary file is left
+    kept[0].image[:] = 0
+    assert same(plain[0], kept[0])  # a sample is the caller's own
+    copy = pickle.loads(pickle.dumps(kept))
+    assert same(plain[7], copy[7]) and len(pickle.dumps(kept)) < 5000
+
+
+def test_broken_cache_is_named_and_drawn_again(tmp_path):
+    Scenes("val", n=3, size=32, cache=tmp_path)
+    file = next(tmp_path.iterdir())
+    file.write_bytes(file.read_bytes()[:-500])
+    with pytest.warns(UserWarning, match=file.name): ds = Scenes("val", n=3, size=32, cache=tmp_path)
+    assert same(ds[2], Scenes("val", n=3, size=32)[2])
+
+
+def test_failed_rendering_leaves_nothing(tmp_path, monkeypatch):
+    def broken(*_): raise RuntimeError("out of paint")
+    S._probe()
+    monkeypatch.setattr(S, "render_scene", broken)
+    with pytest.raises(RuntimeError, match="out of paint"): Scenes("val", n=3, size=32, cache=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_write_voc_round_trip_and_resume(tmp_path):
+    root = write_voc(tmp_path / "voc", splits=("train", "val"), n=3, size=32)
+    ds = Scenes("train", n=3, size=32)
+    assert (root / "classes.txt").read_text().split() == list(CLASSES)
+    assert (root / "ImageSets/Segmentation/train.txt").read_text().split() == ds.ids
+    for s in ds:
+        png = Image.open(root / f"SegmentationClass/{s.id}.png")
+        assert png.mode == "P" and (np.asarray(png) == s.mask).all() and np.array_equal(np.uint8(png.getpalette()).reshape(-1, 3), palette()[:len(png.getpalette()) // 3])
+        assert np.abs(np.asarray(Image.open(root / f"JPEGImages/{s.id}.jpg")).astype(int) - s.image).mean() < 10
+    table = [r.split(",") for r in (root / "ImageSets/labels.csv").read_text().splitlines()]
+    assert table[0] == ["id", *CLASSES] and [r[0] for r in table[1:]] == [*ds.ids, *(f"val_{i:06d}" for i in range(3))]
+    assert [[float(v) for v in r[1:]] for r in table[1:4]] == [s.label.tolist() for s in ds]
+    (root / "JPEGImages/val_000001.jpg").unlink()  # as after a kill
+    kept = root / "JPEGImages/train_000000.jpg"
+    before = kept.stat().st_mtime_ns
+    write_voc(root, splits=("train", "val"), n=3, size=32)
+    assert (root / "JPEGImages/val_000001.jpg").exists() and kept.stat().st_mtime_ns == before
+    assert not [p for p in root.rglob(".*")]
+    with pytest.raises(ValueError, match="choose an empty folder"): write_voc(root, size=48)
+
+
+def test_voc_reader_gives_the_scenes_back(tmp_path):
+    data = pytest.importorskip("adcam.data")
+    write_voc(tmp_path, splits="val", n=3, size=32)
+    folder, ds = data.VOCFolder(tmp_path, "val"), Scenes("val", n=3, size=32)
+    assert tuple(folder.classes) == CLASSES and list(folder.ids) == ds.ids
+    for a, b in zip(folder, ds): assert (a.mask == b.mask).all() and (a.label == b.label).all() and np.abs(a.image.astype(int) - b.image).mean() < 10
+
+
+@pytest.mark.parametrize("call, word", [
+    (lambda: render_scene(-1), "non-negative"), (lambda: render_scene(0, 100), "multiple of 16"), (lambda: render_scene(0, 16), "at least 32"),
+    (lambda: Scenes("validation"), "choose one of"), (lambda: Scenes("val", n=0), "n=0"), (lambda: Scenes("val", n=10**8), "n=1"), (lambda: Scenes(size=100), "multiple of 16")])
+def test_refuses(call, word):
+    with pytest.raises(ValueError, match=word): call()
+
+
+def test_refuses_items_that_are_not_there():
+    with pytest.raises(IndexError, match="item 5 of 5"): Scenes("val", n=5)[5]
+    with pytest.raises(TypeError): render_scene(1.5)

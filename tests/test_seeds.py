@@ -1,0 +1,152 @@
+"Seeds: IRN's merging rule against golden numbers, files that survive damage, processes that agree to the byte"
+import importlib.util, json, os
+from pathlib import Path
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from adcam.conformer import conformer_mini
+from adcam.scenes import Scenes
+from adcam.seeds import (METHODS, SIZE_MODES, Seed, extract, extract_dataset, load_seed, merge, model_fingerprint,
+                         positive_classes, resolve, save_seed, view_size)
+
+GOLDEN = Path(os.environ.get("ADCAM_GOLDEN", Path(__file__).parent / "golden"))
+
+
+def _rules():
+    spec = importlib.util.spec_from_file_location("golden_rules", GOLDEN / "irn" / "rules.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def net():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    return conformer_mini(10).eval()
+
+
+@pytest.fixture(scope="module")
+def ds(): return Scenes("test", 3, size=96)
+
+
+def _files(folder): return {p.name: p.read_bytes() for p in Path(folder).iterdir()}
+
+
+def test_merge_matches_irn():
+    rules, g = _rules(), np.load(GOLDEN / "irn" / "g06_cam.npz", allow_pickle=False)
+    grids = [(6, 7), (3, 4), (8, 11), (11, 14)]  # scales 1.0, 0.5, 1.5, 2.0
+    views = [torch.from_numpy(np.maximum(rules.nrm(60 + i, (20, *s)), 0).astype(np.float32))[g["merge_keys"]] for i, s in enumerate(grids)]
+    cam, high = merge(views, (81, 110), up=16)
+    np.testing.assert_allclose(cam.numpy(), g["merge_strided"], atol=1e-5)
+    np.testing.assert_allclose(high[:, ::4, ::4].numpy(), g["merge_highres_ds4"], atol=1e-5)
+    np.testing.assert_allclose(high.sum((1, 2)).numpy(), g["merge_highres_sum"], rtol=1e-5)
+
+
+@settings(max_examples=50, deadline=None)
+@given(h=st.integers(1, 900), w=st.integers(1, 900), s=st.sampled_from([.25, .5, 1., 1.5, 2.]), stride=st.sampled_from([8, 16]), mode=st.sampled_from(SIZE_MODES))
+def test_view_size(h, w, s, stride, mode):
+    plain, padded = view_size((h, w), s, stride, mode)
+    assert all(n % stride == 0 and n >= stride for n in padded)
+    assert all(0 <= p - n < stride for n, p in zip(plain, padded)), "no token may see padding alone"
+    if mode == "round": assert all(abs(n - m * s) <= stride / 2 or n == stride for n, m in zip(plain, (h, w)))
+    if mode == "square": assert plain[0] == plain[1]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("size_mode", SIZE_MODES)
+def test_extract_shapes(net, ds, method, size_mode):
+    image = ds[0].image[:70, :91]  # neither side is a multiple of the stride
+    seed = extract(net, image, ds[0].label, method, scales=(1., 1.5), flip=True, size_mode=size_mode)
+    n = int(ds[0].label.sum())
+    assert seed.cam.shape == (n, 18, 23) and seed.high_res.shape == (n, 70, 91)
+    assert seed.keys.tolist() == np.flatnonzero(ds[0].label).tolist()
+    assert seed.high_res.min() >= 0 and .99 < seed.high_res.max() <= 1
+
+
+@pytest.mark.parametrize("size_mode", SIZE_MODES)
+def test_single_view_is_the_method(net, ds, size_mode):
+    from adcam.data import to_tensor
+    s = ds[1]
+    keys = np.flatnonzero(s.label).tolist()
+    with torch.no_grad(): m = METHODS["ad_cam"](net.maps(to_tensor(s.image)[None]), k=20, steps=1, direction="pull", classes=keys)[0]
+    seed = extract(net, s.image, s.label, "ad_cam", k=20, steps=1, direction="pull", size_mode=size_mode)
+    np.testing.assert_array_equal(seed.high_res, merge([m], (96, 96))[1].numpy())
+
+
+def test_flip_of_the_image_flips_the_seed(net, ds):
+    a = extract(net, ds[0].image, ds[0].label, "ts_cam", flip=True)
+    b = extract(net, ds[0].image[:, ::-1].copy(), ds[0].label, "ts_cam", flip=True)
+    np.testing.assert_allclose(a.high_res, b.high_res[..., ::-1], atol=1e-3)
+
+
+def test_bad_input(net, ds):
+    s = ds[0]
+    with pytest.raises(ValueError, match="unknown method 'gradcam'; choose one of cam"): extract(net, s.image, s.label, "gradcam")
+    with pytest.raises(ValueError, match="has no option 'sigma'"): extract(net, s.image, s.label, "cam", sigma=1)
+    with pytest.raises(ValueError, match="empty"): extract(net, s.image, np.zeros(10))
+    with pytest.raises(ValueError, match="0 or 1"): extract(net, s.image, np.full(10, .5))
+    with pytest.raises(ValueError, match="10 classes"): extract(net, s.image, np.ones(20))
+    with pytest.raises(ValueError, match="at least one factor"): extract(net, s.image, s.label, scales=())
+    with pytest.raises(ValueError, match="positive"): extract(net, s.image, s.label, scales=(-1.,))
+    with pytest.raises(ValueError, match="size_mode"): extract(net, s.image, s.label, size_mode="crop")
+    with pytest.raises(ValueError, match="k=50"): extract(net, s.image, s.label, scales=(.5,))  # 36 tokens
+    extract(net, s.image, s.label, scales=(.5,), clip_k=True)
+    with pytest.raises(ValueError, match="no option 'classes'"): resolve("cam", dict(classes=[1]))
+    with pytest.raises(ValueError, match="2007_1: the label vector is empty"): positive_classes([0, 0], 2, "2007_1")
+
+
+def test_damaged_files(tmp_path, net, ds):
+    seed = extract(net, ds[0].image, ds[0].label, "cam")
+    path = save_seed(tmp_path / "deep" / "a.npz", seed)
+    assert np.abs(load_seed(path).high_res - seed.high_res).max() <= 5e-4
+    assert [p.name for p in path.parent.iterdir()] == ["a.npz"], "no temporary file is left"
+    whole = path.read_bytes()
+    middle = bytearray(whole)
+    middle[len(whole) // 2] ^= 1
+    for bad in (b"", whole[:30], whole[:-1], bytes(middle), b"no zip at all"):
+        path.write_bytes(bad)
+        with pytest.raises(ValueError, match="a.npz is not a readable seed file.*delete it"): load_seed(path)
+    np.savez(path, keys=np.arange(2), cam=np.zeros((1, 2, 2)), high_res=np.zeros((1, 8, 8)))
+    with pytest.raises(ValueError, match="2 keys, but cam"): load_seed(path)
+    np.savez(path, keys=np.array([{}], object), cam=0, high_res=0)
+    with pytest.raises(ValueError, match="not a readable"): load_seed(path)  # pickled objects are refused
+    with pytest.raises(FileNotFoundError): load_seed(tmp_path / "none.npz")
+
+
+def test_resume_guard_and_processes(tmp_path, net, ds, capsys):
+    run = lambda folder, **kw: extract_dataset(net, ds, tmp_path / folder, "ad_cam", progress=False, **(dict(k=9) | kw))
+    assert run("one") == dict(computed=3, cached=0)
+    assert run("one") == dict(computed=0, cached=3)
+    first = _files(tmp_path / "one")
+    bad, lost = tmp_path / "one" / f"{ds.ids[0]}.npz", tmp_path / "one" / f"{ds.ids[2]}.npz"
+    bad.write_bytes(bad.read_bytes()[:77]); lost.unlink()
+    assert run("one") == dict(computed=2, cached=1)
+    assert f"redone: {bad}" in capsys.readouterr().out
+    assert _files(tmp_path / "one") == first
+    assert run("two", processes=2)["computed"] == 3
+    assert _files(tmp_path / "two") == first
+    assert [run("shards", shard=(r, 2))["computed"] for r in (0, 1)] == [2, 1]
+    assert _files(tmp_path / "shards") == first
+    with pytest.raises(ValueError, match=r"other settings \(k: 9 there, 8 now\)"): run("one", k=8)
+    other = conformer_mini(10).eval()
+    with pytest.raises(ValueError, match="network: "): extract_dataset(other, ds, tmp_path / "one", "ad_cam", k=9, progress=False)
+    assert run("one", k=8, force=True)["computed"] == 3
+    assert json.loads((tmp_path / "one" / "settings.json").read_text())["k"] == 8
+
+
+def test_error_in_a_worker_is_told(tmp_path, net, ds):
+    ds = Scenes("test", 2, size=32)  # 16 tokens: k=50 is impossible
+    with pytest.raises(ValueError, match=f"image {ds.ids[0][:5]}.*k=50"): extract_dataset(net, ds, tmp_path, processes=2, progress=False)
+    with pytest.raises(ValueError, match="processes and threads"): extract_dataset(net, ds, tmp_path, processes=0)
+    with pytest.raises(ValueError, match="rank"): extract_dataset(net, ds, tmp_path, shard=(1, 1))
+
+
+def test_fingerprint_sees_one_changed_value(net):
+    before = model_fingerprint(net)
+    again = conformer_mini(10)
+    again.load_state_dict(net.state_dict())
+    assert model_fingerprint(again) == before
+    with torch.no_grad(): again.conv1.weight[0, 0, 0, 0] += 1e-3
+    assert model_fingerprint(again) != before
