@@ -17,10 +17,12 @@ from typing import Annotated, Optional
 import typer
 
 # %% ../nbs/14_cli.ipynb #5ae8367a
-app = typer.Typer(
-    name="adcam", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
-    help="AD-CAM for weakly-supervised semantic segmentation: data, seeds, scores, and the paper's figures.",
-    epilog="Every command has its own --help. Errors in the input end with exit code 2 and one line that says what to do.")
+app = typer.Typer(name="adcam", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+                  epilog="Every command has its own --help. Errors in the input end with exit code 2 and one line that says what to do.")
+
+@app.callback()
+def _adcam() -> None:
+    "AD-CAM for weakly-supervised semantic segmentation: data, seeds, scores, and the paper's figures."
 
 # %% ../nbs/14_cli.ipynb #1be4c9f1
 _BAD_INPUT = (ValueError, LookupError, OSError, FloatingPointError)  # the last: a loss that became NaN
@@ -253,23 +255,27 @@ def _recipe(quick: bool = False) -> dict:
     return dict(pretrain=PretrainConfig(**step1 | tiny), train=TrainConfig(**step2 | tiny),
                 pretrain_data=data("pretrain", 12_000), train_data=data("train", 2_000))
 
-# %% ../nbs/14_cli.ipynb #03bcedae
-def _pretrained(recipe: dict, work: Path) -> Path:
-    "Step 1: weights of the coupled network, trained once per working folder."
+# %% ../nbs/14_cli.ipynb #bf1fa664
+def _epochs(history: list) -> list:
+    "Mean loss of each branch, one entry per epoch."
+    from statistics import fmean
+    of = lambda e, name: round(fmean(h[name] for h in history if h["epoch"] == e), 4)
+    return [dict(epoch=e + 1, conv=of(e, "conv"), trans=of(e, "trans")) for e in sorted({h["epoch"] for h in history})]
+
+def _pretrained(recipe: dict, work: Path) -> tuple:
+    "Step 1: the coupled network on single objects; its file of weights and its losses."
     import torch
     from adcam.classifier import pretrain, save_weights
     from adcam.conformer import conformer_mini
-    path = work / "pretrained.safetensors"
-    if not path.is_file():
-        torch.manual_seed(recipe["pretrain"].seed)
-        ds = recipe["pretrain_data"]
-        model = conformer_mini(len(ds.classes), stop_grad="none")
-        pretrain(model, ds, recipe["pretrain"], out=work / "pretrain")
-        save_weights(model, path)
-    return path
+    torch.manual_seed(recipe["pretrain"].seed)
+    ds = recipe["pretrain_data"]
+    model = conformer_mini(len(ds.classes), stop_grad="none")
+    history = pretrain(model, ds, recipe["pretrain"], out=work / "pretrain")
+    return save_weights(model, work / "pretrained.safetensors"), _epochs(history)
 
-def _finetuned(recipe: dict, work: Path, start: Path, seed: int, stop: bool, target: Path) -> dict:
-    "Step 2 for one seed: writes `target` in half precision; a row for the log."
+# %% ../nbs/14_cli.ipynb #9da7ebab
+def _finetuned(recipe: dict, work: Path, start: Path, seed: int, stop: bool, target: Path) -> tuple:
+    "Step 2 for one seed: writes `target` in half precision; a row for the log, and the losses."
     import time
     from dataclasses import replace
     import torch
@@ -281,12 +287,10 @@ def _finetuned(recipe: dict, work: Path, start: Path, seed: int, stop: bool, tar
     load_pretrained(model, start)
     history = fit(model, ds, replace(recipe["train"], seed=seed), out=work / target.stem)
     save_weights(model, target, torch.float16)
-    last = history[-max(1, len(history) // 10):]  # the last tenth
-    mean = {name: sum(h[name] for h in last) / len(last) for name in ("conv", "trans")}
-    return dict(file=target.name, seed=seed, stop_grad=model.stop_grad, steps=len(history), loss_conv=mean["conv"], loss_trans=mean["trans"],
-                seconds=round(time.perf_counter() - began, 1))
+    row = dict(file=target.name, seed=seed, stop_grad=model.stop_grad, steps=len(history), seconds=round(time.perf_counter() - began, 1))
+    return row, _epochs(history)
 
-# %% ../nbs/14_cli.ipynb #bf1fa664
+# %% ../nbs/14_cli.ipynb #09e8f00c
 @app.command()
 def checkpoints(
     out: Annotated[Optional[Path], typer.Option(help="Folder of the files; that of the package if not given.")] = None,
@@ -296,22 +300,30 @@ def checkpoints(
     quick: Annotated[bool, typer.Option("--quick", help="Four tiny images, to try the way.")] = False,
 ) -> None:
     "Train the shipped networks anew. Hours on a CPU; a run that was stopped continues."
-    from dataclasses import asdict
     import adcam
-    from adcam.pipeline import cache_dir, provenance, save_result
+    from adcam.pipeline import cache_dir
     if quick and (out is None or log is None or work is None):
         raise ValueError("--quick makes useless networks; name --out, --work and --log, so that nothing good is overwritten")
-    out, work, recipe = out or Path(adcam.__file__).parent / "checkpoints", work or cache_dir() / "checkpoints", _recipe(quick)
-    start, chosen, rows = _pretrained(recipe, work), [int(s) for s in _numbers(seed_list, "--seeds")], []
-    for seed in chosen:
-        for stop in (True, False):
-            target = out / f"mini_{'sg' if stop else 'coupled'}_seed{seed}.safetensors"
-            rows.append(_finetuned(recipe, work, start, seed, stop, target))
-            typer.echo(f"wrote {target}")
+    out, work = out or Path(adcam.__file__).parent / "checkpoints", work or cache_dir() / "checkpoints"
+    chosen, recipe = [int(s) for s in _numbers(seed_list, "--seeds")], _recipe(quick)
+    start, losses = _pretrained(recipe, work)
+    rows, curves = [], dict(pretrained=losses)
+    for seed, stop in ((s, g) for s in chosen for g in (True, False)):
+        target = out / f"mini_{'sg' if stop else 'coupled'}_seed{seed}.safetensors"
+        row, curves[target.stem] = _finetuned(recipe, work, start, seed, stop, target)
+        rows.append(row)
+        typer.echo(f"wrote {target}")
+    typer.echo(f"wrote {_write_log(rows, curves, recipe, chosen, out, log)}")
+
+# %% ../nbs/14_cli.ipynb #1d71d5d9
+def _write_log(rows: list, curves: dict, recipe: dict, chosen: list, out: Path, log: Optional[Path]) -> Path:
+    "checkpoints.json: what was trained, with which settings, on which data, and how the loss fell."
+    from dataclasses import asdict
+    from adcam.pipeline import provenance, save_result
     settings = {name: asdict(recipe[name]) for name in ("pretrain", "train")}
     data = {name: recipe[name].fingerprint() for name in ("pretrain_data", "train_data")}
     origin = provenance(seeds=chosen, settings=settings, data=data, checkpoints=[out / r["file"] for r in rows], seconds=sum(r["seconds"] for r in rows))
-    typer.echo(f"wrote {save_result('checkpoints', rows, log, origin)}")
+    return save_result("checkpoints", rows, log, origin, command="adcam checkpoints", losses=curves)
 
 # %% ../nbs/14_cli.ipynb #b6c14806
 def _paper_notebook(name: str) -> Path:

@@ -12,9 +12,7 @@ import torch, torch.nn.functional as F
 from collections.abc import Iterator
 from dataclasses import dataclass, replace, fields
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import NamedTuple
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.layers import DropPath
 from torch import nn, Tensor
@@ -428,7 +426,7 @@ def _read(path):
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f"no weights file {path}")
     try: state = load_file(path) if path.suffix==".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, UnpicklingError, RuntimeError, EOFError, OSError) as e:
+    except Exception as e:  # a torn file can fail in any way
         raise ValueError(f"{path} is not a readable weights file ({type(e).__name__}: {(str(e).splitlines() or ['empty'])[0]}); expected .safetensors, or a .pth that holds tensors only") from e
     for wrapper in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict): state = state[wrapper]

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['profiles', 'PUBLISHED', 'MEASURED_BY', 'project_root', 'results_dir', 'checkpoint_path', 'Profile', 'differences',
-           'published', 'file_sha256', 'git_commit', 'provenance', 'footer', 'save_result', 'load_result', 'to_csv',
-           'to_markdown', 'code_hash', 'Stage', 'cache_dir', 'stage', 'check_parameters', 'Point', 'point_maps',
-           'upsample', 'fit_scale', 'count', 'measure', 'summarize', 'choose_point', 'patch_labels',
-           'attention_quality', 'measure_attention', 'bench']
+           'published', 'file_sha256', 'git_commit', 'provenance', 'footer', 'output_folder', 'save_result',
+           'load_result', 'to_csv', 'to_markdown', 'code_hash', 'Stage', 'cache_dir', 'stage', 'check_parameters',
+           'Point', 'point_maps', 'upsample', 'fit_scale', 'count', 'measure', 'summarize', 'choose_point',
+           'patch_labels', 'attention_quality', 'measure_attention', 'bench']
 
 # %% ../nbs/13_pipeline.ipynb #0b8b44cd
-import ast, csv, difflib, hashlib, importlib.util, io, json, os, platform, statistics, subprocess, time, types
+import ast, csv, difflib, hashlib, importlib.util, io, json, os, platform, statistics, subprocess, tempfile, time, types
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from itertools import product
 from pathlib import Path
@@ -26,8 +26,8 @@ from tqdm import tqdm
 import adcam
 from .cam import ad_cam, ad_cam_grid, attention_received, co_neighbor, normalize, patch_attention, same_object_auc
 from .conformer import Maps, conformer_mini, conformer_small
-from .evaluation import Sweep, seed_mask, confusion, side_by_side
-from .seeds import METHODS, _atomic, _view, positive_classes, resolve
+from .evaluation import Sweep, side_by_side
+from .seeds import _atomic, _view, positive_classes, resolve
 
 # %% ../nbs/13_pipeline.ipynb #e2a04a7a
 def project_root() -> Path:
@@ -38,6 +38,7 @@ def project_root() -> Path:
             if ini.is_file() and "lib_name = adcam" in ini.read_text(): return folder
     return Path.cwd()
 
+# %% ../nbs/13_pipeline.ipynb #14c767a2
 def results_dir(
     profile: str = "mini",  # a sub-folder per profile
 ) -> Path:                  # not created
@@ -62,14 +63,12 @@ def checkpoint_path(
 class Profile:
     "Every setting of a run. Frozen: `replace(profile, k=20)` makes a changed copy"
     name: str
-    # data
     dataset: str = "voc"                 # "scenes", "voc" or "coco"
     num_classes: int = 20                # K, without background
     train_split: str = "train_aug"       # list the classifier learns from (VOC: 10,582 images)
     seed_split: str = "train"            # list the seeds are measured on (VOC: 1,464 images)
     choose_split: str = "val"            # list a fixed threshold is chosen on
     test_split: str = "val"              # list held out from everything above where there is one
-    # classifier (paper 5.1; spec B.12 to B.16)
     network: str = "conformer_small"
     last_block: str = "drop"             # "drop the last Transformer and Conv block"
     stop_grad: str = "input"             # where the branches are detached
@@ -82,7 +81,6 @@ class Profile:
     lr_power: float = 0.9                # not in the paper; IRN's
     weight_decay: float = 5e-4           # not in the paper; TransCAM's
     drop_path: float = 0.1               # not in the paper; TransCAM's
-    # AD-CAM (paper 4.2, 4.3, 5.1; spec B.2 to B.8)
     k: int = 50                          # neighbors kept per pixel
     steps: int = 2                       # T
     direction: str = "push"              # Eq. 8 as printed (with its misprint mended)
@@ -90,13 +88,10 @@ class Profile:
     self_: str = "in"
     renorm: str = "after_mean"
     k_mode: str = "fixed"
-    # seeds (not in the paper; IRN's, spec B.9)
     scales: tuple[float, ...] = (1.0, 0.5, 1.5, 2.0)
     flip: bool = True
     size_mode: str = "round"
-    # evaluation (paper 5.2: "following SEAM")
     thresholds: tuple[float, ...] = tuple(i / 100 for i in range(60))
-    # after the seeds (paper 4.4 and 5.1; not used by `mini`)
     irn_beta: int = 10
     irn_exp_times: int = 8               # 2^8 = 256 steps of the random walk
     segmentation: str = "deeplabv2_resnet101"
@@ -110,6 +105,7 @@ profiles: dict[str, Profile] = {p.name: p for p in (
             network="conformer_mini", crop=192, resize=(160, 320), scales=(1.0,), flip=False),
 )}
 
+# %% ../nbs/13_pipeline.ipynb #58b82083
 def differences(
     a: Profile,  # e.g. profiles["mini"]
     b: Profile,  # e.g. profiles["voc"]
@@ -120,33 +116,38 @@ def differences(
 
 # %% ../nbs/13_pipeline.ipynb #b7a17d50
 _SEED = "VOC train, 1,464 images, best threshold of 0.00 to 0.59, no CRF"
-PUBLISHED: dict[str, dict] = dict(
-    table1=dict(caption="mIoU in percent on VOC", columns=("seed", "pseudo", "val", "test"), split=f"seed and pseudo: {_SEED}", rows=[
-        dict(method="CAM (ResNet-50)", seed=48.8, pseudo=66.3, val=63.5, test=64.8, mark="", note=""),
-        dict(method="AdvCAM", seed=55.6, pseudo=69.9, val=68.1, test=68.0, mark="", note=""),
-        dict(method="RIB", seed=56.5, pseudo=70.6, val=68.3, test=68.6, mark="", note=""),
-        dict(method="ReCAM", seed=54.8, pseudo=70.9, val=68.7, test=68.5, mark="", note=""),
-        dict(method="CAM (Conformer)", seed=54.7, pseudo=67.3, val=65.7, test=66.6, mark="", note=""),
-        dict(method="AD-CAM", seed=63.5, pseudo=71.7, val=69.0, test=69.4, mark="", note="the text says 8.4 above CAM, the table says 8.8"),
-        dict(method="AD-CAM", seed=63.5, pseudo=71.7, val=70.7, test=70.7, mark="**", note="** DeepLabV2 pre-trained on MS COCO"),
-    ]),
-    table2=dict(caption="time on VOC, 1 ut = 0.7 hours", columns=("parameters", "ut"), split="hardware not named", rows=[
-        dict(method="CAM", backbone="ResNet-50", parameters=25.6e6, ut=1.0, mark="", note=""),
-        dict(method="AdvCAM", backbone="ResNet-50", parameters=25.6e6, ut=316.3, mark="", note=""),
-        dict(method="ReCAM", backbone="ResNet-50", parameters=25.6e6, ut=1.9, mark="", note=""),
-        dict(method="GETAM", backbone="ViT-base", parameters=86e6, ut=23.4, mark="", note=""),
-        dict(method="AD-CAM", backbone="Conformer-S", parameters=37.7e6, ut=2.2, mark="", note="the full network with 1,000 classes, although its last block is dropped"),
-    ]),
-    table3=dict(caption="seeds on VOC, backbone Conformer, percent", columns=("miou", "fp", "fn"), split=_SEED, rows=[
-        dict(method="CAM", key="cam", miou=54.7, fp=29.5, fn=17.8, mark="", note="the three numbers do not fit together: they imply a background IoU of 94.7"),
-        dict(method="TS-CAM", key="ts_cam", miou=55.2, fp=27.4, fn=18.4, mark="", note=""),
-        dict(method="Att-Diffu only", key="att_diffu", miou=54.6, fp=26.4, fn=20.3, mark="", note="the text says more false positives than CAM, the table has fewer"),
-        dict(method="AD-CAM, no stop-gradient", key="ad_cam_coupled", miou=51.7, fp=28.8, fn=20.8, mark="", note="printed as a second row called AD-CAM"),
-        dict(method="AD-CAM", key="ad_cam", miou=63.5, fp=20.9, fn=16.6, mark="", note=""),
-    ]),
-    figure4=dict(caption="sensitivity on VOC; the curves have no printed values", k=(20, 100), steps=(1, 8), chosen=dict(k=50, steps=2, tokens=576), split=_SEED,
-                 claims=("mIoU rises quickly for small k and is fairly stable from k = 50 on", "mIoU is best at T = 2 and falls quickly after it")),
-)
+PUBLISHED: dict[str, dict] = {}
+PUBLISHED["table1"] = dict(caption="mIoU in percent on VOC", columns=("seed", "pseudo", "val", "test"), split=f"seed and pseudo: {_SEED}", rows=[
+    dict(method="CAM (ResNet-50)", seed=48.8, pseudo=66.3, val=63.5, test=64.8, mark="", note=""),
+    dict(method="AdvCAM", seed=55.6, pseudo=69.9, val=68.1, test=68.0, mark="", note=""),
+    dict(method="RIB", seed=56.5, pseudo=70.6, val=68.3, test=68.6, mark="", note=""),
+    dict(method="ReCAM", seed=54.8, pseudo=70.9, val=68.7, test=68.5, mark="", note=""),
+    dict(method="CAM (Conformer)", seed=54.7, pseudo=67.3, val=65.7, test=66.6, mark="", note=""),
+    dict(method="AD-CAM", seed=63.5, pseudo=71.7, val=69.0, test=69.4, mark="", note="the text says 8.4 above CAM, the table says 8.8"),
+    dict(method="AD-CAM", seed=63.5, pseudo=71.7, val=70.7, test=70.7, mark="**", note="** DeepLabV2 pre-trained on MS COCO"),
+])
+
+# %% ../nbs/13_pipeline.ipynb #c22eaf2c
+PUBLISHED["table2"] = dict(caption="time on VOC, 1 ut = 0.7 hours", columns=("parameters", "ut"), split="hardware not named", rows=[
+    dict(method="CAM", backbone="ResNet-50", parameters=25.6e6, ut=1.0, mark="", note=""),
+    dict(method="AdvCAM", backbone="ResNet-50", parameters=25.6e6, ut=316.3, mark="", note=""),
+    dict(method="ReCAM", backbone="ResNet-50", parameters=25.6e6, ut=1.9, mark="", note=""),
+    dict(method="GETAM", backbone="ViT-base", parameters=86e6, ut=23.4, mark="", note=""),
+    dict(method="AD-CAM", backbone="Conformer-S", parameters=37.7e6, ut=2.2, mark="", note="the full network with 1,000 classes, although its last block is dropped"),
+])
+
+# %% ../nbs/13_pipeline.ipynb #3f9b06fa
+PUBLISHED["table3"] = dict(caption="seeds on VOC, backbone Conformer, percent", columns=("miou", "fp", "fn"), split=_SEED, rows=[
+    dict(method="CAM", key="cam", miou=54.7, fp=29.5, fn=17.8, mark="", note="the three numbers do not fit together: they imply a background IoU of 94.7"),
+    dict(method="TS-CAM", key="ts_cam", miou=55.2, fp=27.4, fn=18.4, mark="", note=""),
+    dict(method="Att-Diffu only", key="att_diffu", miou=54.6, fp=26.4, fn=20.3, mark="", note="the text says more false positives than CAM, the table has fewer"),
+    dict(method="AD-CAM, no stop-gradient", key="ad_cam_coupled", miou=51.7, fp=28.8, fn=20.8, mark="", note="printed as a second row called AD-CAM"),
+    dict(method="AD-CAM", key="ad_cam", miou=63.5, fp=20.9, fn=16.6, mark="", note=""),
+])
+
+# %% ../nbs/13_pipeline.ipynb #8f7fde47
+PUBLISHED["figure4"] = dict(caption="sensitivity on VOC; the curves have no printed values", k=(20, 100), steps=(1, 8), chosen=dict(k=50, steps=2, tokens=576), split=_SEED,
+             claims=("mIoU rises quickly for small k and is fairly stable from k = 50 on", "mIoU is best at T = 2 and falls quickly after it"))
 
 # %% ../nbs/13_pipeline.ipynb #046b1628
 def published(
@@ -166,6 +167,7 @@ def file_sha256(
     "Checksum of a file's bytes"
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
+# %% ../nbs/13_pipeline.ipynb #167e6d93
 def git_commit(
     folder: str | Path | None = None,  # default: the project
 ) -> str:                              # 40 hex digits, with "-dirty" if tracked files differ; "unknown" outside a clone
@@ -214,13 +216,23 @@ def _plain(x: Any) -> Any:
     if isinstance(x, Path): return str(x)
     return None if isinstance(x, float) and x != x else x
 
+# %% ../nbs/13_pipeline.ipynb #468e3781
 def _write(path: Path, data: bytes) -> Path:
     "Atomic write; a folder that cannot be written is a clear error"
     try: return _atomic(path, lambda f: f.write(data))
     except OSError as e:
-        raise PermissionError(f"cannot write {path}: {e.strerror or e}; choose another out_dir or set ADCAM_RESULTS to a folder you may write") from e
+        raise PermissionError(f"cannot write {path}: {e.strerror or e}; choose another out_dir, or set ADCAM_RESULTS (results) or ADCAM_CACHE (stages) to a folder you may write") from e
 
-# %% ../nbs/13_pipeline.ipynb #468e3781
+# %% ../nbs/13_pipeline.ipynb #a296fcdd
+def output_folder(
+    out_dir: str | Path = "",  # folder for results; empty: a new temporary one
+) -> Path:                     # exists and can be written
+    "Make the folder of a notebook's results, or raise `PermissionError` at once"
+    out = Path(out_dir or tempfile.mkdtemp(prefix="adcam-"))
+    _write(out / ".writable", b"").unlink()
+    return out
+
+# %% ../nbs/13_pipeline.ipynb #e0c7f53c
 def save_result(
     name: str,                           # e.g. "fig4"; becomes <name>.json
     rows: list[dict],                    # the numbers
@@ -233,6 +245,7 @@ def save_result(
     body = dict(name=name, provenance=origin or provenance(), **extra, rows=rows)
     return _write(path, (json.dumps(_plain(body), indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode())
 
+# %% ../nbs/13_pipeline.ipynb #33f49c58
 def load_result(
     name: str,                          # e.g. "fig4"
     out_dir: str | Path | None = None,  # default: `results_dir()`
@@ -255,6 +268,7 @@ def to_csv(
     writer.writeheader(); writer.writerows(_plain(rows))
     return out.getvalue()
 
+# %% ../nbs/13_pipeline.ipynb #50059038
 def to_markdown(
     rows: list[dict],  # flat dictionaries, values as they shall appear
 ) -> str:              # numbers are right-aligned
@@ -283,16 +297,18 @@ class Stage(NamedTuple):
     status: str      # "computed" or "cached"
     seconds: float   # of this call
 
+# %% ../nbs/13_pipeline.ipynb #9d54a174
 def cache_dir() -> Path:
     "Where stages are stored: the variable ADCAM_CACHE, or `.cache` in the project; deleting it is always safe"
     return Path(os.environ.get("ADCAM_CACHE") or project_root() / ".cache")
 
+# %% ../nbs/13_pipeline.ipynb #374f95ca
 def _stage_path(name: str, inputs: dict, modules: tuple, folder: Any) -> Path:
     "File of a stage: its name and the hash of all that decides its value"
     key = json.dumps(dict(inputs=_plain(inputs), code=code_hash(*modules)), sort_keys=True, allow_nan=False)
     return Path(folder or cache_dir()) / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.npz"
 
-# %% ../nbs/13_pipeline.ipynb #9d54a174
+# %% ../nbs/13_pipeline.ipynb #e0e1f119
 def _load_stage(path: Path) -> dict | None:
     "Arrays of a stored stage, or None; a damaged file is named"
     if not path.exists(): return None
@@ -302,6 +318,7 @@ def _load_stage(path: Path) -> dict | None:
         print(f"{path} cannot be read ({e}); computed again")
         return None
 
+# %% ../nbs/13_pipeline.ipynb #03182e8f
 def stage(
     name: str,                         # what it is called in messages and file names
     inputs: dict,                      # everything that decides the value, as JSON: settings, sha256 of weights, data fingerprint
@@ -333,12 +350,13 @@ def _declared(namespace: dict) -> dict:
         found |= {n.target.id: eval(ast.unparse(n.annotation), {}) for n in tree.body if isinstance(n, ast.AnnAssign)}
     return found
 
+# %% ../nbs/13_pipeline.ipynb #a860a039
 def _injected(namespace: dict) -> list[str]:
     "Names of plain values that are in the notebook; modules, functions and classes were imported"
     own = {"In", "Out"}
     return [n for n, v in namespace.items() if not n.startswith("_") and n not in own and not callable(v) and not isinstance(v, types.ModuleType)]
 
-# %% ../nbs/13_pipeline.ipynb #5bd63034
+# %% ../nbs/13_pipeline.ipynb #5531dfa7
 def _fits(value: Any, kind: Any) -> bool:
     "Is a value of the declared type? An int is a float, a bool is not an int"
     if get_origin(kind) in (list, tuple): return isinstance(value, (list, tuple)) and all(_fits(v, get_args(kind)[0]) for v in value)
@@ -346,6 +364,7 @@ def _fits(value: Any, kind: Any) -> bool:
     if kind is int: return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, kind)
 
+# %% ../nbs/13_pipeline.ipynb #0763954d
 def _check_rule(name: str, value: Any, rule: Any) -> None:
     "A set is a choice, a pair a range (None = open); lists are checked element by element"
     for v in value if isinstance(value, (list, tuple)) else [value]:
@@ -410,6 +429,7 @@ def upsample(
     "Bilinear to the size of the photograph, divided by the maximum: what `seeds.merge` does with a single view"
     return normalize(F.interpolate(m, size, mode="bilinear", align_corners=False))
 
+# %% ../nbs/13_pipeline.ipynb #d3450f97
 def fit_scale(
     size: tuple[int, int],  # height and width, pixels
     long_side: int,         # limit in pixels; 0 means none
@@ -417,11 +437,12 @@ def fit_scale(
     "Factor by which a photograph is shown smaller to the network, so that its longer side is at most `long_side`"
     return min(1., long_side / max(size)) if long_side else 1.
 
-# %% ../nbs/13_pipeline.ipynb #277582e5
+# %% ../nbs/13_pipeline.ipynb #6e6d2e01
 def _sweeps(K: int, thresholds: tuple, networks: int, points: int) -> list[list[Sweep]]:
     "One counter per network and point"
     return [[Sweep(K, thresholds) for _ in range(points)] for _ in range(networks)]
 
+# %% ../nbs/13_pipeline.ipynb #e848a7fe
 @torch.no_grad()
 def _count(networks: list, sample: Any, points: list[Point], sweeps: list[list[Sweep]], long_side: int = 0) -> None:
     "Add one image to the counters of every network and point"
@@ -436,12 +457,14 @@ def _count(networks: list, sample: Any, points: list[Point], sweeps: list[list[S
 # %% ../nbs/13_pipeline.ipynb #2fb92210
 _job: dict = {}  # what a worker process was started with
 
+# %% ../nbs/13_pipeline.ipynb #5d54c514
 def _open(build: Callable, checkpoints: list, ds: Any, points: list, thresholds: tuple, long_side: int) -> None:
     "Start of a process: one thread, networks from their files"
     torch.set_num_threads(1)
     networks = [build(len(ds.classes), checkpoint=c).eval() for c in checkpoints]
     _job.update(networks=networks, ds=ds, points=points, thresholds=thresholds, long_side=long_side)
 
+# %% ../nbs/13_pipeline.ipynb #2ab6cc33
 def _chunk(indices: list[int]) -> np.ndarray:
     "Histograms (C,P,K+1,K,T+1) of some images"
     sweeps = _sweeps(len(_job["ds"].classes), _job["thresholds"], len(_job["networks"]), len(_job["points"]))
@@ -468,6 +491,7 @@ def _chunks(indices: list, processes: int, start: tuple, size: int = 5):
 # %% ../nbs/13_pipeline.ipynb #9b099160
 MEASURED_BY = tuple(f"adcam.{m}" for m in ("scenes", "data", "conformer", "cam", "evaluation", "seeds", "pipeline"))
 
+# %% ../nbs/13_pipeline.ipynb #39c99488
 def count(
     checkpoints: list[Path],            # files of weights
     ds: Any,                            # data set with masks
@@ -486,6 +510,7 @@ def count(
     inputs = dict(points=points, thresholds=thresholds, data=ds.fingerprint(), weights=[file_sha256(c) for c in checkpoints],
                   long_side=long_side, build=f"{build.__module__}.{build.__qualname__}")
     def compute():
+        for c in checkpoints: build(len(ds.classes), checkpoint=c)  # a wrong file is told here, not in a dying worker
         total, start = 0, (build, list(checkpoints), ds, list(points), thresholds, long_side)
         with tqdm(total=len(ds), desc=name, unit="image", disable=not progress) as bar:
             for n, hist in _chunks(list(range(len(ds))), min(processes, len(ds)), start): total = total + hist; bar.update(n)
@@ -499,8 +524,18 @@ def _as_sweep(hist: np.ndarray, thresholds: Any) -> Sweep:
     sweep.hist = hist
     return sweep
 
+# %% ../nbs/13_pipeline.ipynb #ee100c9c
+def _fixed(choose: Any, seed: Any, p: Point) -> float:
+    "A threshold that was given, or the oracle threshold of the same seed and point in rows measured elsewhere"
+    if isinstance(choose, float): return choose
+    found = [r["t"] for r in choose if r["seed"] == seed and r["rule"] == "oracle" and all(r[f] == v for f, v in p._asdict().items())]
+    if len(found) != 1: raise ValueError(f"the rows to choose a threshold from have {len(found)} of seed {seed}, {p}; measure it there once")
+    return found[0]
+
+# %% ../nbs/13_pipeline.ipynb #4dfe9fe7
 _KEEP = ("rule", "t", "miou", "fp", "fn", "iou_bg", "f1", "pixel_accuracy")  # what a row keeps of the scores
 
+# %% ../nbs/13_pipeline.ipynb #543f3adb
 def _score(report: np.ndarray, choose: np.ndarray | float, thresholds: Any) -> list[dict]:
     "The oracle row and the fixed row of one histogram"
     fixed = choose if isinstance(choose, float) else _as_sweep(choose, thresholds)
@@ -511,7 +546,7 @@ def measure(
     checkpoints: dict[Any, Path],      # {training seed: file of weights}
     points: list[Point],               # methods, or a grid of (k, T)
     data: dict[str, Any],              # {split name: data set} that is reported
-    choose: Any = 0.15,                # data set a fixed threshold is chosen on, or the threshold itself (0.15 is IRN's)
+    choose: Any = 0.15,                # where the fixed threshold comes from: another data set, rows measured there, or a number (0.15 is IRN's)
     *,
     name: str = "measure",             # for messages and cache files
     thresholds: Any = None,            # default: 0.00 to 0.59
@@ -521,10 +556,10 @@ def measure(
     thresholds, files = tuple(profiles["voc"].thresholds if thresholds is None else thresholds), list(checkpoints.values())
     run = lambda split, ds: count(files, ds, points, name=f"{name} {split}".replace(" ", "_"), thresholds=thresholds, **options)
     stages = {split: run(split, ds) for split, ds in data.items()}
-    if not isinstance(choose, float): stages["choose"] = run("choose", choose)
+    if hasattr(choose, "fingerprint"): stages["choose"] = run("choose", choose)
     rows = []
     for split, (c, seed), (i, p) in product(data, enumerate(checkpoints), enumerate(points)):
-        fixed = choose if isinstance(choose, float) else stages["choose"].value["hist"][c, i]
+        fixed = stages["choose"].value["hist"][c, i] if "choose" in stages else _fixed(choose, seed, p)
         scored = _score(stages[split].value["hist"][c, i], fixed, thresholds)
         rows += [dict(split=split, n=len(data[split]), seed=seed, **p._asdict(), **r) for r in scored]
     return rows, [f"{name} {s}: {st.status} ({st.seconds:.1f} s)" for s, st in stages.items()]
@@ -622,6 +657,7 @@ def _best_time(f: Callable, repeats: int) -> float:
         return time.perf_counter() - start
     return min(once() for _ in range(repeats))
 
+# %% ../nbs/13_pipeline.ipynb #62524ae4
 def _random_maps(n: int, L: int = 6, K: int = 3) -> Maps:
     "Maps with random attention on an n × n grid, in double precision"
     g = torch.Generator().manual_seed(0)
@@ -668,6 +704,7 @@ def _bench_refinement(size: int, repeats: int, add: Callable) -> None:
     forward, refine = _best_time(lambda: net(x), min(repeats, 3)), _best_time(lambda: ad_cam(maps), repeats)
     add(f"AD-CAM (k=50, T=2) over the forward pass of Conformer-S at {size}", refine / forward, .1, forward=forward, refine=refine)
 
+# %% ../nbs/13_pipeline.ipynb #e3cce149
 def _bench_sweep(repeats: int, add: Callable) -> None:
     "Sixty thresholds beside one, on a photograph of 500 × 375 with two classes"
     r = np.random.default_rng(0)
@@ -676,6 +713,7 @@ def _bench_sweep(repeats: int, add: Callable) -> None:
     one, sixty = time_of([.3]), time_of(None)
     add("sweep of 60 thresholds over a single threshold", sixty / one, 2., one=one, sixty=sixty)
 
+# %% ../nbs/13_pipeline.ipynb #99322e04
 def _bench_exact(add: Callable) -> None:
     "Largest difference between the loops and the fast way, relative to the maximum"
     maps = _random_maps(7)

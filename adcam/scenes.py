@@ -126,6 +126,7 @@ def _pointed_ears(pen, x, y):
         pen.poly([(x + dx - 0.17, y - 0.18), (x + dx - 0.02, y - 0.74), (x + dx + 0.2, y - 0.2)], _HEAD | _FRONT)
         pen.poly([(x + dx - 0.08, y - 0.24), (x + dx - 0.01, y - 0.58), (x + dx + 0.1, y - 0.26)], _PALE | _FRONT)
 
+# %% ../nbs/01_scenes.ipynb #ddaa249f
 def _tail(pen, kind, x):
     "Curled upward, or hanging with a dark tuft."
     if kind == "curl":
@@ -194,6 +195,7 @@ def _cockpit(pen, h):
     pen.oval(1.08, 0.05, 0.1, 0.14, _METAL | _FRONT)
     pen.oval(1.19, 0.05, 0.045, 0.46, _DARK | _FRONT)
 
+# %% ../nbs/01_scenes.ipynb #5b15ff77
 def _beak(pen, h):
     pen.poly([(0.98, -0.22), (1.5, 0.02), (0.98, 0.18)], _LAMP | _FRONT)
     pen.oval(0.8, -0.16, 0.3, 0.28, _HEAD | _FRONT)
@@ -220,6 +222,7 @@ def _hull(pen, u, front, rear):
 _BODIES = {"beast": (_beast, (-1.35, -1.45, 1.5, 1.25), 3.86), "wagon": (_wagon, (-1.4, -0.95, 1.45, 0.82), 3.5),
            "wing": (_wing, (-1.5, -1.15, 1.5, 1.15), 2.85), "hull": (_hull, (-1.15, -1.3, 1.5, 0.82), 2.83)}
 
+# %% ../nbs/01_scenes.ipynb #09acbe85
 @functools.cache
 def _frame(name):
     "Pixels of (body, front part, rear part) per squared body unit when nothing is cut off."
@@ -298,6 +301,7 @@ class _Light(NamedTuple):
     x: float; y: float  # unit vector pointing to the light, y down
     tint: np.ndarray    # (3,) multiplies the whole picture
 
+# %% ../nbs/01_scenes.ipynb #ddd18a5e
 def _pick_light(rng):
     a = rng.uniform(-0.9, 0.9)
     warm = rng.uniform(-1, 1)
@@ -323,6 +327,7 @@ class _Stamp(NamedTuple):
     alpha: np.ndarray   # float32 (h,w,1)
     parts: np.ndarray   # uint8 (h,w): 0 outside, 1 body, 2 front part, 3 rear part
 
+# %% ../nbs/01_scenes.ipynb #df911373
 def _crop(pen):
     "Paint numbers (2h,2w) inside the bounding box (in pixels); (None, None) for an empty drawing."
     box = pen.image.getbbox()
@@ -365,6 +370,7 @@ def _paste(canvas, stamp):
     canvas[t:b, l:r] *= 1 - stamp.alpha
     canvas[t:b, l:r] += stamp.color
 
+# %% ../nbs/01_scenes.ipynb #52a34077
 def _shadow(canvas, pen, extent, light):
     "Darken the ground under an object, in place."
     size = canvas.shape[0]
@@ -423,7 +429,7 @@ def _ground(size, horizon, name, rng):
     v = (z * 150 + rng.integers(512)).astype(np.int32) & 511                         # (H,)
     return _tiles()[name][v[:, None], u] * np.clip(d * 6, 0, 1)[:, None]             # fades at the horizon
 
-# %% ../nbs/01_scenes.ipynb #e62eb2a6
+# %% ../nbs/01_scenes.ipynb #d7e74878
 def _backdrop(context, horizon, size, rng):
     "Sky and ground: float32 (H,W,3)."
     c = _CONTEXTS[context]
@@ -439,6 +445,7 @@ def _backdrop(context, horizon, size, rng):
     image[rows:] += (c.grain * _ground(size, horizon, context if context != "sky" else "meadow", rng))[rows:, :, None]
     return image
 
+# %% ../nbs/01_scenes.ipynb #02de24b4
 def _clouds(sky, up, size, rng):
     "Blend white clouds into the sky (rows,W,3), in place; fewer toward the horizon."
     v = (np.arange(len(sky)) * (192 / size) * 1.1).astype(int) + rng.integers(512)
@@ -465,6 +472,7 @@ def _hills(pen, horizon, height, paint, rng):
     ridge = np.stack([np.linspace(-0.1, 1.1, 9), horizon + 0.01 - height * rng.uniform(0.15, 1, 9)], 1)
     pen.poly(np.vstack([_curve(ridge, False), [(1.1, horizon + 0.012), (-0.1, horizon + 0.012)]]), paint)
 
+# %% ../nbs/01_scenes.ipynb #0e2a5847
 def _houses(pen, horizon, rng):
     at = -0.05
     while at < 1.05:
@@ -505,6 +513,7 @@ def _flat(coat, leaf):
     colors[_WHITE] = 214, 216, 208
     return colors, weight
 
+# %% ../nbs/01_scenes.ipynb #333ac5f4
 def _scenery(canvas, context, horizon, rng):
     "Draw what stands on the horizon and lies on the ground, in place."
     c = _CONTEXTS[context]
@@ -515,35 +524,40 @@ def _scenery(canvas, context, horizon, rng):
     _marks(pen, context, horizon, rng)
     _paste(canvas, _rasterize(pen, *_flat(wall, np.float32(c.far) * 0.75)))
 
-# %% ../nbs/01_scenes.ipynb #65f8f7d4
+# %% ../nbs/01_scenes.ipynb #ee6e1cdf
 def _rock(pen, u): pen.blob([(-1, 0.7), (-0.9, -0.1 - 0.3 * u[0]), (-0.3, -0.7), (0.4, -0.6 * u[1] - 0.2), (0.95, 0.0), (1.0, 0.7)], _COAT)
 
 def _crate(pen, u):
     pen.box(-1, -0.7, 1, 0.7, _COAT, 0.05)
     for x in (-0.9, 0.74): pen.box(x, -0.66, x + 0.16, 0.66, _FAR)
 
+# %% ../nbs/01_scenes.ipynb #544fc3cb
 def _bench(pen, u):
     for x in (-0.8, -0.4, 0.4, 0.8): pen.stroke([(x, 0), (x, 0.9)], 0.12, 0.1, _FAR)
     pen.box(-1, -0.5, 1, 0.35, _COAT, 0.3)
 
+# %% ../nbs/01_scenes.ipynb #08dc13bd
 def _barrel(pen, u):
     pen.blob([(-0.6, -0.85), (0.6, -0.85), (0.78, 0), (0.6, 0.85), (-0.6, 0.85), (-0.78, 0)], _COAT)
     for y in (-0.5, 0.42): pen.box(-0.72, y, 0.72, y + 0.1, _FAR)
     pen.oval(0, -0.84, 0.6, 0.14, _FAR)
 
-# %% ../nbs/01_scenes.ipynb #ee6e1cdf
+# %% ../nbs/01_scenes.ipynb #350cdcf8
 def _house(pen, u):
     pen.box(-1, -0.5, 1, 0.9, _COAT)
     pen.poly([(-1.15, -0.45), (0, -1.1), (1.15, -0.45)], _ACCENT)
     for x in (-0.7, 0.25): pen.box(x, -0.2, x + 0.4, 0.2, _GLASS)
 
+# %% ../nbs/01_scenes.ipynb #9e107b7f
 def _tree(pen, u):
     pen.stroke([(0, 1.1), (0.04, 0)], 0.14, 0.08, _WOOD)
     for x, y, r in ((-0.45, -0.1, 0.5), (0.45, -0.15, 0.52), (0, -0.6, 0.6), (0, 0.0, 0.5)): pen.oval(x, y, r, r, _LEAF)
 
+# %% ../nbs/01_scenes.ipynb #499f954e
 def _bush(pen, u):
     for x, y, r in ((-0.6, 0.15, 0.45), (0.6, 0.15, 0.45), (0, -0.1, 0.6), (0.0, 0.3, 0.5)): pen.oval(x, y, r, r * 0.9, _LEAF)
 
+# %% ../nbs/01_scenes.ipynb #c30da281
 def _sign(pen, u):
     pen.stroke([(0, -0.4), (0, 1.3)], 0.07, 0.07, _METAL)
     for k, paint in ((1, _WHITE), (0.82, _COAT)):
@@ -551,21 +565,24 @@ def _sign(pen, u):
         elif k == 1: pen.box(-0.5, -1.0, 0.5, -0.2, paint, 0.1)
         else: pen.box(-0.42, -0.92, 0.42, -0.28, paint, 0.06)
 
-# %% ../nbs/01_scenes.ipynb #544fc3cb
+# %% ../nbs/01_scenes.ipynb #f3dcd661
 def _buoy(pen, u):
     pen.poly([(-0.2, -0.9), (0.2, -0.9), (0.5, 0.3), (-0.5, 0.3)], _COAT)
     pen.oval(0, 0.35, 0.72, 0.26, _COAT)
     pen.box(-0.36, -0.3, 0.36, -0.05, _WHITE)
 
+# %% ../nbs/01_scenes.ipynb #70ac7fbd
 def _balloon(pen, u):
     pen.blob([(0, -1.1), (0.85, -0.6), (0.8, 0.1), (0.16, 0.75), (-0.16, 0.75), (-0.8, 0.1), (-0.85, -0.6)], _COAT)
     pen.box(-0.18, 0.86, 0.18, 1.12, _WOOD)
     for x in (-0.15, 0.15): pen.stroke([(x, 0.7), (x, 0.9)], 0.015, 0.015, _DARK)
 
+# %% ../nbs/01_scenes.ipynb #61c98926
 def _blimp(pen, u):
     pen.blob([(-1.1, 0), (-0.5, -0.5), (0.5, -0.5), (1.1, 0), (0.5, 0.5), (-0.5, 0.5)], _COAT)
     pen.box(-0.3, 0.45, 0.3, 0.66, _FAR, 0.08)
 
+# %% ../nbs/01_scenes.ipynb #9910b355
 def _cloud(pen, u):
     for x, y, r in ((-0.7, 0.15, 0.36), (-0.2, -0.12, 0.48), (0.4, -0.02, 0.42), (0.85, 0.2, 0.28)): pen.oval(x, y, r, r * 0.85, _WHITE)
     pen.box(-1, 0.14, 1.1, 0.46, _WHITE, 0.16)
@@ -612,6 +629,7 @@ def _share(rng, n, single):
     low, high = (0.14, 0.48) if single else ((0.07, 0.66), (0.07, 0.36), (0.07, 0.22))[n - 1]
     return math.exp(rng.uniform(math.log(low), math.log(high)))
 
+# %% ../nbs/01_scenes.ipynb #e44a8a2a
 def _within(low, high, s, a, spread):
     "Position at which [low,high]*s lies in [0,1], up to a small overhang; the middle if it does not fit."
     x0, x1 = -low * s - 0.08 * s, 1 - high * s + 0.08 * s
@@ -648,6 +666,7 @@ class _Board:
         self.owner = np.zeros((size, size), np.uint8)                        # 0 nothing, else 4 * object + part
         self.objects = []                                                    # of `_Placed`
 
+# %% ../nbs/01_scenes.ipynb #90c1b59f
 class _Placed(NamedTuple):
     name: str
     coat: int
@@ -656,7 +675,7 @@ class _Placed(NamedTuple):
     drawn: np.ndarray  # pixels of body, front part, rear part when it was painted
     full: np.ndarray   # pixels of the same if nothing were cut off
 
-# %% ../nbs/01_scenes.ipynb #90c1b59f
+# %% ../nbs/01_scenes.ipynb #1c33971f
 def _harmless(board, box, parts):
     "Would every object painted so far stay recognizable under something with this silhouette?"
     if not board.objects: return True
@@ -666,6 +685,7 @@ def _harmless(board, box, parts):
     return all(left[4 * i + 1 : 4 * i + 4].sum() >= max(0.5 * o.drawn.sum(), 0.05 * board.size**2) and
                (left[4 * i + 2 : 4 * i + 4] >= 0.6 * o.drawn[1:]).all() for i, o in enumerate(board.objects, 1))
 
+# %% ../nbs/01_scenes.ipynb #b0514df5
 def _welcome(board, pen, full):
     "Is enough of a new object and of its telling parts inside the image, and does it spoil no other?"
     box = pen.image.getbbox()
@@ -764,6 +784,7 @@ class Instance(NamedTuple):
     truncated: bool  # touches the border of the image
     parts: tuple     # visible share of (front part, rear part)
 
+# %% ../nbs/01_scenes.ipynb #2b32362b
 class Scene(NamedTuple):
     "A scene with everything known about it."
     sample: Sample
@@ -777,6 +798,7 @@ def _check(seed, size):
     if operator.index(seed) < 0: raise ValueError(f"seed={seed}: give a non-negative integer")
     if size < 32 or size % 16: raise ValueError(f"size={size}: give a multiple of 16, at least 32")
 
+# %% ../nbs/01_scenes.ipynb #8b1288e5
 def _instance(o, seen, board):
     area, visible = float(seen.sum() / board.size**2), float(seen.sum() / o.drawn.sum())
     return Instance(o.name, o.coat, o.texture, board.context, area, visible, bool(o.cut), tuple(np.minimum(seen[1:] / o.full[1:], 1).tolist()))
@@ -798,6 +820,7 @@ def describe_scene(
     instances = tuple(_instance(o, seen[4 * i + 1 : 4 * i + 4], board) for i, o in enumerate(board.objects, 1))
     return Scene(Sample(f"scene_{seed}", _develop(board), label, mask), instances, owner, parts, board.context)
 
+# %% ../nbs/01_scenes.ipynb #f9db5a3f
 def render_scene(
     seed: int,           # non-negative; a scene is a pure function of (seed, size, single)
     size: int = 192,     # side in pixels, a multiple of 16
@@ -818,6 +841,7 @@ def _probe():
     for seed in range(12): h.update(render_scene(seed, 48).image.tobytes())
     return h.hexdigest()[:16]
 
+# %% ../nbs/01_scenes.ipynb #53b5ca5f
 def _fill(job):
     "Render items first..last-1 into a memory-mapped file; runs in a worker process."
     path, base, first, last, size, single = job
@@ -828,7 +852,7 @@ def _fill(job):
     rows.flush()
     return last - first
 
-# %% ../nbs/01_scenes.ipynb #53b5ca5f
+# %% ../nbs/01_scenes.ipynb #2d3c543e
 def _render_file(path, base, n, size, single, workers):
     "Render n scenes into `path` (n,H,W,4), by `workers` processes; the file appears when it is complete."
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -836,7 +860,7 @@ def _render_file(path, base, n, size, single, workers):
     jobs = [(str(part), base, a, min(a + 50, n), size, single) for a in range(0, n, 50)]
     try:
         np.lib.format.open_memmap(part, "w+", np.uint8, (n, size, size, 4)).flush()
-        with tqdm(total=n, desc="rendering scenes", unit="img", disable=None) as bar:
+        with tqdm(total=n, desc="rendering scenes", unit="img", delay=3) as bar:
             if workers:
                 with multiprocessing.get_context("spawn").Pool(workers) as pool:
                     for done in pool.imap_unordered(_fill, jobs): bar.update(done)
@@ -845,7 +869,7 @@ def _render_file(path, base, n, size, single, workers):
         os.replace(part, path)
     finally: part.unlink(missing_ok=True)
 
-# %% ../nbs/01_scenes.ipynb #2d3c543e
+# %% ../nbs/01_scenes.ipynb #e4002349
 def _open_file(path, shape):
     "The memory map; None where there is no file, and, with a warning, for a file that cannot be read."
     if not path.exists(): return None
@@ -855,6 +879,7 @@ def _open_file(path, shape):
         return rows
     except (ValueError, OSError, EOFError) as e: warnings.warn(f"{path} cannot be read ({e}): rendering it again")
 
+# %% ../nbs/01_scenes.ipynb #6ff5f869
 def _from_row(name, row):
     "A cached row (H,W,4) as a `Sample`."
     label = np.bincount(row[..., 3].ravel(), minlength=len(CLASSES) + 1)[1:] > 0
@@ -914,6 +939,7 @@ def _atomic(path, write):
         os.replace(part, path)
     finally: part.unlink(missing_ok=True)
 
+# %% ../nbs/01_scenes.ipynb #2267d1d9
 def _voc_pair(root, ds, i, palette):
     "Write image and mask of item i unless both are there; return its label row."
     jpg, png = root / "JPEGImages" / f"{ds.ids[i]}.jpg", root / "SegmentationClass" / f"{ds.ids[i]}.png"
@@ -926,7 +952,7 @@ def _voc_pair(root, ds, i, palette):
         _atomic(png, shown.save)
     return [ds.ids[i], *(int((mask == k + 1).any()) for k in range(len(ds.classes)))]
 
-# %% ../nbs/01_scenes.ipynb #2267d1d9
+# %% ../nbs/01_scenes.ipynb #baa2d5e6
 def write_voc(
     root: str,                   # folder to write into; made if it is not there
     splits=("train", "val"),     # names of splits
@@ -943,7 +969,7 @@ def write_voc(
     _atomic(about, lambda p: p.write_text(json.dumps(want) + "\n"))
     _atomic(root / "classes.txt", lambda p: p.write_text("\n".join(CLASSES) + "\n"))
     for ds in lists:
-        rows = [_voc_pair(root, ds, i, palette()) for i in tqdm(range(len(ds)), desc=f"writing {ds.split}", unit="img", disable=None)]
+        rows = [_voc_pair(root, ds, i, palette()) for i in tqdm(range(len(ds)), desc=f"writing {ds.split}", unit="img", delay=3)]
         _atomic(root / "ImageSets/Segmentation" / f"{ds.split}.txt", lambda p: p.write_text("\n".join(ds.ids) + "\n"))
         _write_labels(root / "ImageSets/labels.csv", rows)
     return root

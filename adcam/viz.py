@@ -137,7 +137,7 @@ def show_images(
     fig, axes = plt.subplots(nrows, ncols, figsize=(size * ncols, size * nrows * tall + 0.3 * bool(title)), squeeze=False, layout="constrained")
     for ax in axes.flat: ax.axis("off")
     for ax, picture, text in zip(axes.flat, pictures, titles):
-        ax.imshow(picture)
+        ax.imshow(picture, interpolation="antialiased")  # smooth when shrunk, crisp when enlarged
         ax.set_title(text, fontsize=9)
     if title: fig.suptitle(title, fontsize=11)
     plt.close(fig)  # shown once, by being the value of the cell

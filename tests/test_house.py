@@ -8,6 +8,7 @@ import sys
 import tomllib
 
 import nbformat
+import papermill
 import pytest
 import yaml
 from conftest import ROOT
@@ -80,6 +81,7 @@ def test_full_size_parameters_exist(path):
     cell = next(c for c in read(path).cells if "parameters" in c.metadata.get("tags", []))
     names = {t.id for node in ast.parse(cell.source).body if isinstance(node, (ast.Assign, ast.AnnAssign))
              for t in (node.targets if isinstance(node, ast.Assign) else [node.target])}
+    assert set(papermill.inspect_notebook(str(path))) == names, "papermill cannot read a line (often a `=` in its comment), so --help-notebook lacks it"
     assert set(given) <= names, f"{config.name} sets {set(given) - names}, which {path.name} does not know"
 
 
@@ -166,6 +168,14 @@ def test_readme_is_made_from_the_index():
     subprocess.run([sys.executable, str(ROOT / "tools/readme.py"), "--check"], check=True)
 
 
+def test_readme_table_is_that_of_the_results():
+    space = {}
+    for cell in read(ROOT / "nbs/index.ipynb").cells:
+        if cell.cell_type == "code" and cell.source.startswith("#| hide") and "assert" not in cell.source:
+            exec(cell.source, space)
+    assert space["comparison"](space["measured"]("table3")).data in (ROOT / "README.md").read_text(), "run nbs/index.ipynb again, then make readme"
+
+
 def test_readme_links_exist():
     text = (ROOT / "README.md").read_text()
     links = re.findall(r"\]\(([^)#\s]+)", text) + re.findall(r'src="([^"]+)"', text)
@@ -219,6 +229,21 @@ def test_citation_and_license_agree(settings, project):
     assert cff["version"] == settings["version"] and cff["license"] == project["license"] == "Apache-2.0"
     assert "2211.10931" in cff["preferred-citation"]["journal"]
     assert "TERMS AND CONDITIONS FOR USE, REPRODUCTION, AND DISTRIBUTION" in (ROOT / "LICENSE").read_text()
+
+
+def test_departures_name_real_switches_and_their_defaults():
+    import inspect
+    from adcam import cam, conformer, seeds
+    functions = [cam.ad_cam, cam.normalize, conformer.conformer_small, conformer.Conformer.__init__, seeds.extract]
+    defaults = {}
+    for f in functions:
+        for name, p in inspect.signature(f).parameters.items():
+            defaults.setdefault(name, set()).add(p.default)
+    rows = [line.split("|") for line in (ROOT / "DEPARTURES.md").read_text().splitlines() if line.startswith("| ")]
+    named = [m for r in rows if len(r) == 7 for m in re.findall(r'(\w+)="(\w+)"', r[3])]
+    assert len(named) > 8
+    wrong = [f"{n}={v!r}" for n, v in named if v not in defaults.get(n, ())]
+    assert not wrong
 
 
 def test_make_help_lists_every_target():

@@ -1,5 +1,5 @@
 "Seeds: IRN's merging rule against golden numbers, files that survive damage, processes that agree to the byte"
-import importlib.util, json, os
+import json
 from pathlib import Path
 import numpy as np
 import pytest
@@ -9,15 +9,6 @@ from adcam.conformer import conformer_mini
 from adcam.scenes import Scenes
 from adcam.seeds import (METHODS, SIZE_MODES, Seed, extract, extract_dataset, load_seed, merge, model_fingerprint,
                          positive_classes, resolve, save_seed, view_size)
-
-GOLDEN = Path(os.environ.get("ADCAM_GOLDEN", Path(__file__).parent / "golden"))
-
-
-def _rules():
-    spec = importlib.util.spec_from_file_location("golden_rules", GOLDEN / "irn" / "rules.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +25,8 @@ def ds(): return Scenes("test", 3, size=96)
 def _files(folder): return {p.name: p.read_bytes() for p in Path(folder).iterdir()}
 
 
-def test_merge_matches_irn():
-    rules, g = _rules(), np.load(GOLDEN / "irn" / "g06_cam.npz", allow_pickle=False)
+def test_merge_matches_irn(golden, golden_rules):
+    rules, g = golden_rules("irn/rules"), np.load(golden / "irn" / "g06_cam.npz", allow_pickle=False)
     grids = [(6, 7), (3, 4), (8, 11), (11, 14)]  # scales 1.0, 0.5, 1.5, 2.0
     views = [torch.from_numpy(np.maximum(rules.nrm(60 + i, (20, *s)), 0).astype(np.float32))[g["merge_keys"]] for i, s in enumerate(grids)]
     cam, high = merge(views, (81, 110), up=16)

@@ -40,9 +40,12 @@ def readme(notebook: Path = ROOT / "nbs/index.ipynb") -> str:
     "The whole README; links that leave nbs/ lose their `../`."
     nb = nbformat.read(notebook, as_version=4)
     parts = [t for t in map(cell_text, nb.cells) if t]
+    for i in range(len(parts) - 1, 0, -1):  # code cells in a row are one block
+        if all(p.startswith("```python\n") for p in parts[i - 1:i + 1]) and parts[i - 1].count("```") == 2:
+            parts[i - 1:i + 1] = [parts[i - 1].removesuffix("```") + "\n" + parts[i].removeprefix("```python\n")]
     text = "<!-- Made from nbs/index.ipynb by tools/readme.py: edit the notebook. -->\n\n" + "\n\n".join(parts) + "\n"
     text = re.sub(r"\]\(\.\./", "](", text)
-    text = re.sub(r"\]\((?=(?:paper/|\d\d\w?_)[\w/.]*ipynb)", "](nbs/", text)
+    text = re.sub(r"\]\((?=(?:paper\b|\d\d\w?_\w+\.ipynb))", "](nbs/", text)
     return re.sub(r'src="\.\./', 'src="', text)
 
 
