@@ -28,6 +28,8 @@ PIP := $(PY) -m pip install -q $(if $(strip $(CONSTRAINTS)),-c $(CONSTRAINTS))
 # One BLAS thread per process and one process per core is the fastest split for the tests.
 WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count() or 1, 8))')
 PAPER   := $(sort $(wildcard nbs/paper/*.ipynb))
+# ipykernel says this at every start of a kernel; it listens on this machine only
+QUIET     := 2> >(grep -v 'over TCP without encryption' >&2)
 PAPERMILL := $(BIN)papermill -k python3 --no-progress-bar --start-timeout 180 --execution-timeout 3600
 
 .PHONY: help install figure4 table3 fig5 fig6 theorem41 results checkpoints bench test check readme clean
@@ -51,7 +53,7 @@ install: $(READY) ## create .venv and install adcam with its tools (minutes the 
 # $(call paper,NAME): run one notebook at full size; its kernel, its parameters and its output are named on the line.
 define paper
 	@mkdir -p $(OUT)
-	$(PAPERMILL) nbs/paper/$(1).ipynb $(OUT)/$(1).ipynb -f configs/$(1).yaml -p out_dir $(OUT) 2> >(grep -v 'over TCP without encryption' >&2)
+	$(PAPERMILL) nbs/paper/$(1).ipynb $(OUT)/$(1).ipynb -f configs/$(1).yaml -p out_dir $(OUT) $(QUIET)
 	@$(PY) tools/show.py $(OUT) $(1)
 endef
 
@@ -75,18 +77,20 @@ results: figure4 table3 fig5 fig6 theorem41 ## every table and figure
 checkpoints: install ## train the three seeds anew, with and without stop-gradient (hours on a CPU)
 	$(PY) -m adcam.cli checkpoints
 
-bench: install ## measure speed ratios, written to $(OUT)/bench.json
+bench: install ## measure speed ratios, written to results/mini/bench.json
 	$(PY) -m adcam.cli bench --out $(OUT)
 
 test: install ## module notebooks, then every figure notebook at smoke size, then pytest
 	OMP_NUM_THREADS=1 $(BIN)nbdev_test --path nbs --skip_folder_re '^[_.]|^paper$$' --n_workers $(WORKERS) --timing
-	OMP_NUM_THREADS=1 $(PY) tools/smoke.py $(PAPER)
+	OMP_NUM_THREADS=1 $(PY) tools/smoke.py $(PAPER) $(QUIET)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q tests
 
 check: install ## the exported modules, the notebooks and README.md agree
 	$(PY) tools/check.py
 
-readme: install ## write README.md from nbs/index.ipynb
+readme: install ## run nbs/index.ipynb on what was measured, write README.md from it
+	$(PY) -m nbconvert --log-level ERROR --to notebook --execute --inplace nbs/index.ipynb $(QUIET)
+	$(BIN)nbdev_clean --fname nbs/index.ipynb
 	$(PY) tools/readme.py
 
 clean: ## remove caches and executed notebooks, keep what was measured

@@ -211,6 +211,13 @@ def evaluate(
         typer.echo(f"wrote {save_result('seeds', kept, out, provenance(settings=settings, data={split: ds.fingerprint()}))}")
 
 # %% ../nbs/14_cli.ipynb #11d8bc29
+def _train_config(p, **changes):
+    "Training settings of a profile, with changes."
+    from adcam.classifier import TrainConfig
+    same = {n: getattr(p, n) for n in ("epochs", "batch", "crop", "resize", "lr_vit", "lr_cnn", "weight_decay", "drop_path")}
+    return TrainConfig(**same | dict(power=p.lr_power) | changes)
+
+# %% ../nbs/14_cli.ipynb #2d3d1564
 @app.command()
 def train(
     out: Annotated[Path, typer.Option(help="Folder for weights.safetensors, last.pt and log.jsonl.")],
@@ -227,33 +234,31 @@ def train(
 ) -> None:
     "Train the two branches on image labels. One loss each; a run that was stopped continues."
     from adcam import conformer
-    from adcam.classifier import TrainConfig, save_weights, train as fit
+    from adcam.classifier import save_weights, train as fit
     from adcam.pipeline import profiles
     usual, ds = profiles["mini" if data == "mini" else "voc"], _dataset(data, split, n)
     model = getattr(conformer, f"conformer_{network.value}")(len(ds.classes), stop_grad=stop_grad)
     if start is not None:
         left = conformer.load_pretrained(model, start)
         typer.echo(f"started from {start}" + (f"; new: {', '.join(left)}" if left else ""))
-    config = TrainConfig(epochs=epochs or usual.epochs, batch=batch or usual.batch, crop=crop or usual.crop, resize=usual.resize,
-                         lr_vit=usual.lr_vit, lr_cnn=usual.lr_cnn, power=usual.lr_power, weight_decay=usual.weight_decay,
-                         drop_path=usual.drop_path, seed=seed, mixed_precision="bf16" if bf16 else "no", workers=workers)
+    given = {n: v for n, v in dict(epochs=epochs, batch=batch, crop=crop).items() if v is not None}
+    config = _train_config(usual, **given, seed=seed, mixed_precision="bf16" if bf16 else "no", workers=workers)
     fit(model, ds, config, out=out)
     typer.echo(f"wrote {save_weights(model, out / 'weights.safetensors')}")
 
 # %% ../nbs/14_cli.ipynb #4699f864
 def _recipe(quick: bool = False) -> dict:
     "Settings of both steps; `quick` makes them tiny, to test the way and not the result."
-    from adcam.classifier import PretrainConfig, TrainConfig
-    from adcam.pipeline import cache_dir
+    from adcam.classifier import PretrainConfig
+    from adcam.pipeline import cache_dir, profiles
     from adcam.scenes import Scenes
+    mini = profiles["mini"]
     tiny = dict(epochs=1, batch=2, crop=64, resize=None, workers=0) if quick else {}
-    views = dict(crop=112, resize=(112, 208), workers=1)
-    step1 = dict(views, epochs=7, batch=32, lr_vit=2e-3, lr_cnn=2e-3, drop_path=0., clip_norm=5.,
+    step1 = dict(crop=mini.crop, resize=mini.resize, workers=1, epochs=7, batch=32, lr_vit=2e-3, lr_cnn=2e-3, drop_path=0., clip_norm=5.,
                  mask_ratio=.5, mask_weight=20., mask_square=2, mask_grid=4)
-    step2 = dict(views, epochs=5, batch=16)
     def data(split, n): return Scenes(split, 4, 64) if quick else Scenes(split, n, cache=cache_dir() / "scenes", workers=2)
-    return dict(pretrain=PretrainConfig(**step1 | tiny), train=TrainConfig(**step2 | tiny),
-                pretrain_data=data("pretrain", 12_000), train_data=data("train", 2_000))
+    return dict(pretrain=PretrainConfig(**step1 | tiny), train=_train_config(mini, **dict(workers=1) | tiny),
+                pretrain_data=data("pretrain", 12_000), train_data=data("train", 4_000))
 
 # %% ../nbs/14_cli.ipynb #bf1fa664
 def _epochs(history: list) -> list:

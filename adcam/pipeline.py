@@ -102,7 +102,7 @@ profiles: dict[str, Profile] = {p.name: p for p in (
     Profile("voc"),
     Profile("coco", dataset="coco", num_classes=80, train_split="train2014", seed_split="train2014", test_split="val2014", choose_split="val2014"),
     Profile("mini", dataset="scenes", num_classes=10, train_split="train", seed_split="train", choose_split="val", test_split="test",
-            network="conformer_mini", crop=192, resize=(160, 320), scales=(1.0,), flip=False),
+            network="conformer_mini", crop=112, resize=(112, 208), scales=(1.0,), flip=False),
 )}
 
 # %% ../nbs/13_pipeline.ipynb #58b82083
