@@ -27,7 +27,6 @@ PIP := $(PY) -m pip install -q $(if $(strip $(CONSTRAINTS)),-c $(CONSTRAINTS))
 
 # One BLAS thread per process and one process per core is the fastest split for the tests.
 WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count() or 1, 8))')
-PAPER   := $(sort $(wildcard nbs/paper/*.ipynb))
 # ipykernel says this at every start of a kernel; it listens on this machine only
 QUIET     := 2> >(grep -v 'over TCP without encryption' >&2)
 PAPERMILL := $(BIN)papermill -k python3 --no-progress-bar --start-timeout 180 --execution-timeout 3600
@@ -80,9 +79,8 @@ checkpoints: install ## train the three seeds anew, with and without stop-gradie
 bench: install ## measure speed ratios, written to results/mini/bench.json
 	$(PY) -m adcam.cli bench --out $(OUT)
 
-test: install ## module notebooks, then every figure notebook at smoke size, then pytest
+test: install ## module notebooks, then pytest, which also runs every figure notebook at smoke size
 	OMP_NUM_THREADS=1 $(BIN)nbdev_test --path nbs --skip_folder_re '^[_.]|^paper$$' --n_workers $(WORKERS) --timing
-	OMP_NUM_THREADS=1 $(PY) tools/smoke.py $(PAPER) $(QUIET)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q tests
 
 check: install ## the exported modules, the notebooks and README.md agree

@@ -27,7 +27,7 @@ import adcam
 from .cam import ad_cam, ad_cam_grid, attention_received, co_neighbor, normalize, patch_attention, same_object_auc
 from .conformer import Maps, conformer_mini, conformer_small
 from .evaluation import Sweep, side_by_side
-from .seeds import _atomic, _view, positive_classes, resolve
+from .seeds import _atomic, _follow_parent, _view, positive_classes, resolve
 
 # %% ../nbs/13_pipeline.ipynb #e2a04a7a
 def project_root() -> Path:
@@ -460,6 +460,7 @@ _job: dict = {}  # what a worker process was started with
 # %% ../nbs/13_pipeline.ipynb #5d54c514
 def _open(build: Callable, checkpoints: list, ds: Any, points: list, thresholds: tuple, long_side: int) -> None:
     "Start of a process: one thread, networks from their files"
+    _follow_parent()
     torch.set_num_threads(1)
     networks = [build(len(ds.classes), checkpoint=c).eval() for c in checkpoints]
     _job.update(networks=networks, ds=ds, points=points, thresholds=thresholds, long_side=long_side)

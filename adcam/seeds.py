@@ -7,7 +7,7 @@ __all__ = ['METHODS', 'SIZE_MODES', 'resolve', 'view_size', 'view_maps', 'merge'
            'save_seed', 'load_seed', 'model_fingerprint', 'extract_dataset']
 
 # %% ../nbs/08_seeds.ipynb #518556e7
-import hashlib, inspect, json, os, tempfile, zipfile
+import hashlib, inspect, json, multiprocessing, os, tempfile, threading, zipfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
@@ -198,10 +198,16 @@ def _guard(out_dir: Path, settings: dict, force: bool) -> None:
     _atomic(path, lambda f: f.write(json.dumps(settings, indent=1).encode()))
 
 # %% ../nbs/08_seeds.ipynb #3d9b8c6e
+def _follow_parent() -> None:
+    "In a worker process: end when the parent is gone (killed, say), instead of waiting for work for ever"
+    parent = multiprocessing.parent_process()
+    if parent is not None: threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
 _work: dict = {}  # what a worker process was started with
 
 def _start(model: nn.Module, ds: Any, out_dir: Path, options: dict, threads: int) -> None:
     "Start of a process: a fixed number of threads, because sums in another order differ in the last bit"
+    _follow_parent()
     torch.set_num_threads(threads)
     _work.update(model=model, ds=ds, out_dir=out_dir, options=options)
 

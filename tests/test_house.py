@@ -2,6 +2,7 @@
 import ast
 import configparser
 import importlib.metadata
+import json
 import re
 import subprocess
 import sys
@@ -93,7 +94,8 @@ def test_module_notebook_opens_with_title_and_promise(path):
     assert title[0].startswith("# ") and any(x.startswith("> ") for x in title[1:]), "first cell: `# title` and `> promise`"
     assert all(not x.strip() or x.startswith(("# ", "> ", "- ")) for x in title), "nbdev drops anything else from the title cell"
     assert cells[1].source.startswith("#| default_exp "), "second cell: `#| default_exp name`"
-    assert path.stat().st_size <= 200_000, f"{path.stat().st_size} bytes: lower the dpi of its pictures"
+    pictures = sum(len(json.dumps(c.get("outputs", []))) for c in read(path).cells)
+    assert pictures <= 200_000, f"{pictures} bytes of outputs: lower the dpi of its pictures"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)

@@ -1,7 +1,8 @@
 "Seeds: IRN's merging rule against golden numbers, files that survive damage, processes that agree to the byte"
-import json
+import json, subprocess, sys, time
 from pathlib import Path
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -141,3 +142,29 @@ def test_fingerprint_sees_one_changed_value(net):
     assert model_fingerprint(again) == before
     with torch.no_grad(): again.conv1.weight[0, 0, 0, 0] += 1e-3
     assert model_fingerprint(again) != before
+
+
+KILLED = """
+import sys, time, torch
+from adcam.conformer import conformer_mini
+from adcam.scenes import Scenes
+from adcam.seeds import extract_dataset
+if __name__ == "__main__":
+    extract_dataset(conformer_mini(10), Scenes("test", 400, size=192), sys.argv[1], processes=2, progress=False)
+"""
+
+
+def test_killed_run_leaves_no_process_and_no_half_file(tmp_path):
+    (tmp_path / "run.py").write_text(KILLED)
+    run = subprocess.Popen([sys.executable, tmp_path / "run.py", tmp_path / "out"])
+    def wait_for(what):
+        for _ in range(1200):
+            if what(): return
+            time.sleep(.1)
+        raise AssertionError("waited for two minutes")
+    wait_for(lambda: len(list((tmp_path / "out").glob("*.npz"))) >= 2)
+    workers = psutil.Process(run.pid).children(recursive=True)
+    run.kill(); run.wait()
+    gone, alive = psutil.wait_procs(workers, timeout=30)
+    assert workers and not alive
+    for f in (tmp_path / "out").glob("*.npz"): load_seed(f)
