@@ -170,13 +170,13 @@ def file_sha256(
 # %% ../nbs/13_pipeline.ipynb #167e6d93
 def git_commit(
     folder: str | Path | None = None,  # default: the project
-) -> str:                              # 40 hex digits, with "-dirty" if tracked files differ; "unknown" outside a clone
+) -> str:                              # 40 hex digits, with "-dirty" if tracked files (but results) differ; "unknown" outside a clone
     "The commit the code came from"
     git = lambda *a: subprocess.run(["git", "-C", str(folder or project_root()), *a], capture_output=True, text=True, timeout=20)
     try:
         head = git("rev-parse", "--verify", "HEAD")
         if head.returncode: return "unknown"
-        return head.stdout.strip() + ("-dirty" if git("status", "--porcelain", "-uno").stdout.strip() else "")
+        return head.stdout.strip() + ("-dirty" if git("status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)results").stdout.strip() else "")
     except (OSError, subprocess.TimeoutExpired): return "unknown"
 
 # %% ../nbs/13_pipeline.ipynb #c17b483b
