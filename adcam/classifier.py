@@ -7,7 +7,7 @@ __all__ = ['SCHEDULES', 'bce_loss', 'MultiLabel', 'random_mask', 'square_colors'
            'learning_rate', 'EpochBatches', 'fit', 'train', 'pretrain', 'save_weights']
 
 # %% ../nbs/04_classifier.ipynb #d91be0e5
-import io, json, math, os
+import io, json, math
 import numpy as np, torch, torch.nn.functional as F
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 from .conformer import Conformer
 from .data import TrainViews
+from .scenes import atomic_write
 
 # %% ../nbs/04_classifier.ipynb #a9777ff0
 def bce_loss(logits:Tensor, # (B,K) one logit per class
@@ -210,25 +211,15 @@ def _train_mode(task, freeze_bn):
     for m in task.modules():
         if freeze_bn and isinstance(m, nn.modules.batchnorm._BatchNorm): m.eval()
 
-# %% ../nbs/04_classifier.ipynb #1a0695e3
-def _write(path, data):
-    "Write bytes in one move: a reader sees the old file or the new one"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        part.write_bytes(data)
-        os.replace(part, path)
-    finally: part.unlink(missing_ok=True)
-
 # %% ../nbs/04_classifier.ipynb #3ca4b194
 def _save_state(acc, out, task, optimizer, run):
     "What a later process needs to continue: last.pt. For people: log.jsonl and settings.json"
     if acc.is_main_process:
         buffer = io.BytesIO()
         torch.save(dict(run, task=acc.unwrap_model(task).state_dict(), optimizer=optimizer.state_dict()), buffer)
-        _write(out/"settings.json", json.dumps(run["settings"], indent=1).encode())
-        _write(out/"log.jsonl", "".join(json.dumps(row)+"\n" for row in run["history"]).encode())
-        _write(out/"last.pt", buffer.getvalue())
+        atomic_write(out/"settings.json", lambda f: f.write(json.dumps(run["settings"], indent=1).encode()))
+        atomic_write(out/"log.jsonl", lambda f: f.write("".join(json.dumps(row)+"\n" for row in run["history"]).encode()))
+        atomic_write(out/"last.pt", lambda f: f.write(buffer.getvalue()))
     acc.wait_for_everyone()
 
 # %% ../nbs/04_classifier.ipynb #31e1bd4d
@@ -359,5 +350,5 @@ def save_weights(model:nn.Module, # network
     state = {k: v.detach().cpu().to(dtype if k in params else v.dtype).contiguous() for k, v in model.state_dict().items()}
     bad = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
     if bad: raise ValueError(f"weights are not finite as {dtype}: {bad[:4]}; choose dtype=torch.float32, or train again if they hold NaN")
-    _write(path, save(state))
+    atomic_write(path, lambda f: f.write(save(state)))
     return path

@@ -27,7 +27,8 @@ import adcam
 from .cam import ad_cam, ad_cam_grid, attention_received, co_neighbor, normalize, patch_attention, same_object_auc
 from .conformer import Maps, conformer_mini, conformer_small
 from .evaluation import Sweep, side_by_side
-from .seeds import _atomic, _follow_parent, _view, positive_classes, resolve
+from .scenes import atomic_write
+from .seeds import _follow_parent, _view, positive_classes, resolve
 
 # %% ../nbs/13_pipeline.ipynb #e2a04a7a
 def project_root() -> Path:
@@ -219,7 +220,7 @@ def _plain(x: Any) -> Any:
 # %% ../nbs/13_pipeline.ipynb #468e3781
 def _write(path: Path, data: bytes) -> Path:
     "Atomic write; a folder that cannot be written is a clear error"
-    try: return _atomic(path, lambda f: f.write(data))
+    try: return atomic_write(path, lambda f: f.write(data))
     except OSError as e:
         raise PermissionError(f"cannot write {path}: {e.strerror or e}; choose another out_dir, or set ADCAM_RESULTS (results) or ADCAM_CACHE (stages) to a folder you may write") from e
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CLASSES', 'RENDER_VERSION', 'TEXTURES', 'SPLITS', 'Sample', 'Instance', 'Scene', 'describe_scene', 'render_scene',
-           'Scenes', 'write_voc']
+           'Scenes', 'atomic_write', 'write_voc']
 
 # %% ../nbs/01_scenes.ipynb #b7d37c2e
 import functools, hashlib, json, math, multiprocessing, operator, os, warnings
@@ -930,14 +930,20 @@ class Scenes:
         if self._file is not None: self._rows = self._open()
 
 # %% ../nbs/01_scenes.ipynb #17f0a68e
-def _atomic(path, write):
-    "Call `write(temporary path)` and rename the result into place."
+def atomic_write(
+    path: Path,  # the file to be made; its folder is made too
+    write        # called with a temporary file beside it, open for bytes
+) -> Path:       # `path`
+    "Write a file in one move: a reader sees the old file or the new one, never half of it"
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write(part)
+        with open(part, "wb") as f: write(f)
         os.replace(part, path)
     finally: part.unlink(missing_ok=True)
+    return path
+
+def _write_text(path, text): return atomic_write(path, lambda f: f.write(text.encode()))
 
 # %% ../nbs/01_scenes.ipynb #2267d1d9
 def _voc_pair(root, ds, i, palette):
@@ -948,8 +954,8 @@ def _voc_pair(root, ds, i, palette):
         s = ds[i]
         mask, shown = s.mask, Image.fromarray(s.mask, "P")
         shown.putpalette(palette.tobytes())
-        _atomic(jpg, lambda p: Image.fromarray(s.image).save(p, quality=95))
-        _atomic(png, shown.save)
+        atomic_write(jpg, lambda f: Image.fromarray(s.image).save(f, "JPEG", quality=95))
+        atomic_write(png, lambda f: shown.save(f, "PNG"))
     return [ds.ids[i], *(int((mask == k + 1).any()) for k in range(len(ds.classes)))]
 
 # %% ../nbs/01_scenes.ipynb #baa2d5e6
@@ -966,11 +972,11 @@ def write_voc(
     want = dict(version=RENDER_VERSION, size=size)
     if about.exists() and json.loads(about.read_text()) != want:
         raise ValueError(f"{root} holds other scenes ({about.read_text().strip()}): choose an empty folder, or delete this one")
-    _atomic(about, lambda p: p.write_text(json.dumps(want) + "\n"))
-    _atomic(root / "classes.txt", lambda p: p.write_text("\n".join(CLASSES) + "\n"))
+    _write_text(about, json.dumps(want) + "\n")
+    _write_text(root / "classes.txt", "\n".join(CLASSES) + "\n")
     for ds in lists:
         rows = [_voc_pair(root, ds, i, palette()) for i in tqdm(range(len(ds)), desc=f"writing {ds.split}", unit="img", delay=3)]
-        _atomic(root / "ImageSets/Segmentation" / f"{ds.split}.txt", lambda p: p.write_text("\n".join(ds.ids) + "\n"))
+        _write_text(root / "ImageSets/Segmentation" / f"{ds.split}.txt", "\n".join(ds.ids) + "\n")
         _write_labels(root / "ImageSets/labels.csv", rows)
     return root
 
@@ -979,4 +985,4 @@ def _write_labels(path, rows):
     "Merge rows (id, 0/1 per class) into the table of labels."
     old = [line.split(",") for line in path.read_text().splitlines()[1:]] if path.exists() else []
     table = {r[0]: ",".join(map(str, r)) for r in (*old, *rows)}
-    _atomic(path, lambda p: p.write_text("\n".join([",".join(("id", *CLASSES)), *(table[k] for k in sorted(table))]) + "\n"))
+    _write_text(path, "\n".join([",".join(("id", *CLASSES)), *(table[k] for k in sorted(table))]) + "\n")

@@ -7,7 +7,7 @@ __all__ = ['METHODS', 'SIZE_MODES', 'resolve', 'view_size', 'view_maps', 'merge'
            'save_seed', 'load_seed', 'model_fingerprint', 'extract_dataset']
 
 # %% ../nbs/08_seeds.ipynb #518556e7
-import hashlib, inspect, json, multiprocessing, os, tempfile, threading, zipfile
+import hashlib, inspect, json, multiprocessing, os, threading, zipfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from .cam import ad_cam, att_diffu, cam_map, trans_cam, ts_cam
 from .data import to_tensor
+from .scenes import atomic_write
 
 # %% ../nbs/08_seeds.ipynb #a5e1965d
 METHODS: dict[str, Callable] = dict(cam=cam_map, ts_cam=ts_cam, trans_cam=trans_cam, att_diffu=att_diffu, ad_cam=ad_cam)
@@ -133,27 +134,13 @@ def extract(
     return Seed(keys.numpy(), cam.cpu().numpy(), high_res.cpu().numpy())
 
 # %% ../nbs/08_seeds.ipynb #890fd7b9
-def _atomic(path: Path, write: Callable) -> Path:
-    "Call `write(file)` on a temporary file beside `path`, then rename: the file is either whole or not there"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(fd, "wb") as f: write(f)
-        os.chmod(tmp, 0o644)  # mkstemp makes private files
-        os.replace(tmp, path)
-    except BaseException:
-        Path(tmp).unlink(missing_ok=True)
-        raise
-    return path
-
-# %% ../nbs/08_seeds.ipynb #b75b1594
 def save_seed(
     path: str | Path,  # ends in .npz; parents are made
     seed: Seed,        # maps in [0,1]
 ) -> Path:             # the file
     "Write a seed atomically; `high_res` is stored as float16 (half of the size, steps of at most 0.0005)."
     arrays = dict(keys=seed.keys.astype(np.int64), cam=seed.cam.astype(np.float32), high_res=seed.high_res.astype(np.float16))
-    return _atomic(Path(path), lambda f: np.savez(f, **arrays))
+    return atomic_write(Path(path), lambda f: np.savez(f, **arrays))
 
 # %% ../nbs/08_seeds.ipynb #6b748d82
 def load_seed(
@@ -195,7 +182,7 @@ def _guard(out_dir: Path, settings: dict, force: bool) -> None:
         if old != settings:
             if not force: raise ValueError(f"{out_dir} holds seeds made with other settings ({_difference(old, settings)}); choose another folder, or pass force=True to replace them")
             for f in out_dir.glob("*.npz"): f.unlink()
-    _atomic(path, lambda f: f.write(json.dumps(settings, indent=1).encode()))
+    atomic_write(path, lambda f: f.write(json.dumps(settings, indent=1).encode()))
 
 # %% ../nbs/08_seeds.ipynb #3d9b8c6e
 def _follow_parent() -> None:

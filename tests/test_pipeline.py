@@ -82,7 +82,7 @@ def test_result_faults(tmp_path):
 
 def test_folder_without_write_permission(tmp_path, monkeypatch):
     def refuse(*a, **k): raise PermissionError(13, "Permission denied")
-    monkeypatch.setattr("tempfile.mkstemp", refuse)  # works for root too, whom modes do not stop
+    monkeypatch.setattr("os.replace", refuse)  # works for root too, whom modes do not stop
     with pytest.raises(PermissionError, match="cannot write .*Permission denied.*ADCAM_RESULTS"): save_result("a", [], tmp_path)
 
 
