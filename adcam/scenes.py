@@ -885,8 +885,16 @@ def _from_row(name, row):
     label = np.bincount(row[..., 3].ravel(), minlength=len(CLASSES) + 1)[1:] > 0
     return Sample(name, row[..., :3].copy(), label.astype(np.float32), row[..., 3].copy())
 
+# %% ../nbs/01_scenes.ipynb #77847531
+class _Reopens:
+    "Pickled without the memory map"
+    def __getstate__(self): return {**self.__dict__, "_rows": None}
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        if self._file is not None: self._rows = self._open()
+
 # %% ../nbs/01_scenes.ipynb #af3f36c1
-class Scenes:
+class Scenes(_Reopens):
     "A split of the embedded data set: `len(ds)`, `ds[i] -> Sample`. Item i depends on (split, i, size) alone."
     classes = CLASSES
     def __init__(self,
@@ -923,11 +931,6 @@ class Scenes:
     def fingerprint(self) -> str:
         "sha256 of what defines the data: renderer version, split, n, size."
         return hashlib.sha256(f"adcam.scenes/{RENDER_VERSION}/{self.split}/{self.n}/{self.size}".encode()).hexdigest()
-
-    def __getstate__(self): return {**self.__dict__, "_rows": None}  # a process that gets a copy opens the file itself
-    def __setstate__(self, state):
-        self.__dict__.update(state)
-        if self._file is not None: self._rows = self._open()
 
 # %% ../nbs/01_scenes.ipynb #17f0a68e
 def atomic_write(
