@@ -93,15 +93,35 @@ class Profile:
     flip: bool = True
     size_mode: str = "round"
     thresholds: tuple[float, ...] = tuple(i / 100 for i in range(60))
-    irn_beta: int = 10
-    irn_exp_times: int = 8               # 2^8 = 256 steps of the random walk
+    label_fg: float = 0.30               # IR labels: confident foreground above this; IRN's (ReCAM and AdvCAM 0.35)
+    label_bg: float = 0.05               # IR labels: confident background below this; IRN's
+    irn_crop: int = 512                  # training of IRNet, pixels; all irn_* and walk_* are IRN's
+    irn_scale: tuple[float, float] = (0.5, 1.5)  # range of the random rescale
+    irn_batch: int = 32
+    irn_epochs: int = 3
+    irn_lr_edge: float = 0.1             # SGD, decays as (1 - step/steps)^lr_power
+    irn_lr_displacement: float = 1.0
+    irn_weight_decay: float = 1e-4
+    irn_radius: int = 10                 # pairs of pixels at most this far apart, at stride 4
+    walk_radius: int = 5                 # the same for the random walk
+    walk_beta: int = 10                  # power of the affinities
+    walk_exp_times: int = 8              # 2^8 = 256 steps; the paper's l has no value
+    walk_cam_power: float = 1.0          # power of the map before the walk (AdvCAM 1.5)
+    walk_background: float = 0.25        # score of the background beside the walked maps
     segmentation: str = "deeplabv2_resnet101"
+    seg_crop: int = 321                  # the paper leaves the segmentation step to its supplement; these are DeepLabV2's usual values
+    seg_scales: tuple[float, ...] = (0.5, 0.75, 1.0, 1.25, 1.5)
+    seg_batch: int = 10
+    seg_iterations: int = 20_000
+    seg_lr: float = 2.5e-4               # SGD with momentum 0.9, x10 for the new weights
+    seg_weight_decay: float = 5e-4
     segmentation_init: str = "imagenet"  # "coco" for the rows marked ** in Table 1
 
 # %% ../nbs/13_pipeline.ipynb #0df85bd6
 profiles: dict[str, Profile] = {p.name: p for p in (
     Profile("voc"),
-    Profile("coco", dataset="coco", num_classes=80, train_split="train2014", seed_split="train2014", test_split="val2014", choose_split="val2014"),
+    Profile("coco", dataset="coco", num_classes=80, train_split="train2014", seed_split="train2014", test_split="val2014", choose_split="val2014",
+            seg_iterations=100_000, seg_lr=2e-4, seg_batch=20),
     Profile("mini", dataset="scenes", num_classes=10, train_split="train", seed_split="train", choose_split="val", test_split="test",
             network="conformer_mini", crop=112, resize=(112, 208), scales=(1.0,), flip=False),
 )}

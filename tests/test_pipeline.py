@@ -43,8 +43,10 @@ def test_paper_settings():
     voc, coco = profiles["voc"], profiles["coco"]
     assert (voc.epochs, voc.crop, voc.lr_vit, voc.lr_cnn, voc.k, voc.steps, voc.direction) == (5, 384, 2e-4, 5e-4, 50, 2, "push")
     assert (voc.num_classes, coco.num_classes, voc.network, len(voc.thresholds)) == (20, 80, "conformer_small", 60)
-    assert set(differences(coco, voc)) == {"name", "dataset", "num_classes", "train_split", "seed_split", "test_split", "choose_split"}
+    assert set(differences(coco, voc)) == {"name", "dataset", "num_classes", "train_split", "seed_split", "test_split", "choose_split",
+                                            "seg_iterations", "seg_lr", "seg_batch"}
     with pytest.raises(dataclasses.FrozenInstanceError): voc.k = 3
+    assert (voc.label_fg, voc.label_bg, voc.walk_beta, 2**voc.walk_exp_times, voc.walk_background, voc.irn_radius) == (.30, .05, 10, 256, .25, 10)
 
 
 def test_published_rows_fit_together():
