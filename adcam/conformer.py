@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['STOP_GRAD', 'VARIANTS', 'ConvBlock', 'Attention', 'Mlp', 'TransBlock', 'FCUDown', 'FCUUp', 'ConvTransBlock',
-           'Variant', 'Maps', 'Step', 'Conformer', 'conformer_tiny', 'conformer_small', 'conformer_base',
-           'conformer_mini', 'load_checkpoint', 'load_pretrained']
+           'Variant', 'Maps', 'Step', 'block_indices', 'AttentionStore', 'Conformer', 'conformer_tiny',
+           'conformer_small', 'conformer_base', 'conformer_mini', 'load_checkpoint', 'load_pretrained']
 
 # %% ../nbs/03_conformer.ipynb #01d5f039
-import torch, torch.nn.functional as F
+import operator, torch, torch.nn.functional as F
 from collections.abc import Iterator
 from dataclasses import dataclass, replace, fields
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import nn, Tensor
 
 # %% ../nbs/03_conformer.ipynb #abe06f35
 def _bn(channels): return nn.BatchNorm2d(channels, eps=1e-6)
+def _relu(x): return F.relu(x, inplace=True)  # of a tensor that nobody else reads; the map of a large photograph is 50 MB
 
 # %% ../nbs/03_conformer.ipynb #21179501
 class ConvBlock(nn.Module):
@@ -41,14 +42,17 @@ class ConvBlock(nn.Module):
                 x:Tensor, # (B,cin,H,W)
                 added:Tensor|None=None # (B,cout/4,H,W) what the transformer sends, added after the first ReLU
                ) -> tuple[Tensor,Tensor]: # output (B,cout,H/s,W/s) and x2 (B,cout/4,H/s,W/s)
-        y = F.relu(self.bn1(self.conv1(x)))         # (B,mid,H,W)
+        y = _relu(self.bn1(self.conv1(x)))          # (B,mid,H,W)
         if added is not None: y = y + added         # (B,mid,H,W)
-        x2 = F.relu(self.bn2(self.conv2(y)))        # (B,mid,H/s,W/s)
+        x2 = _relu(self.bn2(self.conv2(y)))         # (B,mid,H/s,W/s)
         y = self.bn3(self.conv3(x2))                # (B,cout,H/s,W/s)
         if self.project: x = self.residual_bn(self.residual_conv(x))
-        return F.relu(y + x), x2
+        return _relu(y.add_(x)), x2
 
 # %% ../nbs/03_conformer.ipynb #8f17092f
+_WHOLE, _PIECE = 2**20, 2**18  # attention of an image with more entries than _WHOLE is computed in pieces of _PIECE entries (1 MB in float32)
+
+# %% ../nbs/03_conformer.ipynb #2c40b740
 class Attention(nn.Module):
     "Multi-head self-attention that hands back its attention matrix when asked (spec A.5)"
     def __init__(self,
@@ -65,12 +69,21 @@ class Attention(nn.Module):
                ) -> tuple[Tensor,Tensor|None]: # (B,1+N,D) and (B,1+N,1+N) or None
         B, n, D = t.shape
         qkv = self.qkv(t).reshape(B, n, 3, self.heads, D//self.heads)  # (B,n,3,heads,d)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                           # each (B,heads,n,d)
-        if attention:
-            a = (self.scale*q @ k.transpose(-2, -1)).softmax(-1)       # (B,heads,n,n), rows sum to 1
-            y, mean = a @ v, a.mean(1)                                 # (B,heads,n,d), (B,n,n)
-        else: y, mean = F.scaled_dot_product_attention(q, k, v), None  # same y, never builds a
+        qkv = qkv.permute(2, 0, 3, 1, 4)                               # (3,B,heads,n,d)
+        if attention: y, mean = self.explicit(*qkv)                    # (B,heads,n,d), (B,n,n)
+        else: y, mean = F.scaled_dot_product_attention(*qkv), None     # same y, never builds the matrix
         return self.proj(y.transpose(1, 2).reshape(B, n, D)), mean
+
+    def explicit(self, q, k, v): # each (B,heads,n,d)
+        "Values (B,heads,n,d) and head mean of the attention (B,n,n), some rows at a time if there are many"
+        n, wide, ys, means = q.shape[2], torch.promote_types(q.dtype, torch.float32), [], []
+        rows = n if self.heads*n*n <= _WHOLE else max(1, _PIECE//(self.heads*n))
+        q, k, v = self.scale*q, k.transpose(-2, -1).contiguous(), v.contiguous()  # (B,heads,n,d), (B,heads,d,n), (B,heads,n,d)
+        for part in q.split(rows, 2):                                            # (B,heads,rows,d)
+            a = (part @ k).softmax(-1, dtype=wide)                               # (B,heads,rows,n), rows sum to 1
+            ys.append(a.to(v.dtype) @ v)                                         # (B,heads,rows,d)
+            means.append(a.mean(1))                                              # (B,rows,n)
+        return torch.cat(ys, 2), torch.cat(means, 1)
 
 # %% ../nbs/03_conformer.ipynb #e618fe57
 class Mlp(nn.Module):
@@ -141,7 +154,7 @@ class FCUUp(nn.Module):
                 w:int # columns of the token grid
                ) -> Tensor: # (B,cout,h*d,w*d)
         y = _cut(t[:, 1:], self.cut=="input").transpose(1, 2).unflatten(2, (h, w))  # (B,D,h,w)
-        y = F.relu(self.bn(self.conv_project(y)))                                   # (B,cout,h,w)
+        y = _relu(self.bn(self.conv_project(y)))                                    # (B,cout,h,w)
         return _cut(F.interpolate(y, scale_factor=self.d, mode="nearest"), self.cut=="output")
 
 # %% ../nbs/03_conformer.ipynb #c18cfc51
@@ -215,7 +228,7 @@ def _block_plan(v, last_block):
 class Maps(NamedTuple):
     "What every CAM method reads from a network"
     cam: Tensor # (B,K,h,w) classifier weight . features; no bias, no ReLU
-    attn: Tensor # (B,L,1+N,1+N) head mean of every block's attention, class token first
+    attn: Tensor # (B,L,1+N,1+N) head mean of every block's attention, class token first; (B,1,1+N,1+N) if reduced to their mean
     conv_logits: Tensor # (B,K) logits of the CNN branch
     trans_logits: Tensor # (B,K) logits of the transformer branch
 
@@ -243,26 +256,62 @@ class _Branches(nn.Module):
     def stem(self,
              x:Tensor # (B,3,H,W) normalized images
             ) -> Tensor: # (B,S,H/4,W/4), shared by both branches
-        x = F.relu(self.bn1(self.conv1(x)))                                     # (B,S,H/2,W/2)
+        x = _relu(self.bn1(self.conv1(x)))                                      # (B,S,H/2,W/2)
         return F.max_pool2d(x, 3, 2, 1) if self.variant.stem_stride==4 else x   # (B,S,H/4,W/4)
 
     def walk(self,
              x:Tensor, # (B,3,H,W) normalized images; H and W multiples of `stride`
-             attention:bool=False # also give each block's head-mean attention
+             attention:bool|set[int]=False # also give the head-mean attention, of each block or of those numbered here (from 0)
             ) -> Iterator[Step]: # one Step per block
         "Go through the network block by block"
+        wanted = range(self.depth) if attention is True else attention or ()
         _check_input(x, self.variant.stem_stride, self.variant.patch)
         stem = self.stem(x)                                                     # (B,S,H/4,W/4)
         x, _ = self.conv_1(stem)                                                # (B,C1,H/4,W/4)
         t = self.trans_patch_conv(_cut(stem, self.stem_grad=="cnn_only"))       # (B,D,h,w)
         t = torch.cat([self.cls_token.expand(len(t), -1, -1), t.flatten(2).transpose(1, 2)], 1)  # (B,1+N,D)
-        t, a = self.trans_1(t, attention)                                       # (B,1+N,D), (B,1+N,1+N)
+        t, a = self.trans_1(t, 0 in wanted)                                     # (B,1+N,D), (B,1+N,1+N)
         yield Step(x, t, a)
         for i in range(2, self.depth+1):
-            x, t, a = getattr(self, f"conv_trans_{i}")(x, t, attention)
+            x, t, a = getattr(self, f"conv_trans_{i}")(x, t, i-1 in wanted)
             yield Step(x, t, a)
 
 # %% ../nbs/03_conformer.ipynb #9da42f7a
+def block_indices(layers:int|list[int]|str|None, # None or "all", n for the last n blocks, or indices from 0 (negative ones count from the end)
+                  depth:int # L, the blocks of the network
+                 ) -> list[int]: # indices in 0..depth-1, in the order asked for
+    "Which blocks' attention is wanted; the same rule as in `adcam.cam.patch_attention`"
+    if layers is None or isinstance(layers, str) and layers=="all": return list(range(depth))
+    if isinstance(layers, str): raise ValueError(f"layers={layers!r}: pass 'all', a number n (the last n blocks) or a list of block indices")
+    if isinstance(layers, int):
+        if not 1 <= layers <= depth: raise ValueError(f"layers={layers}: the network has {depth} blocks, ask for the last 1 to {depth} or pass a list of indices")
+        return list(range(depth-layers, depth))
+    index = [operator.index(i) for i in layers]
+    if not index or not all(-depth <= i < depth for i in index): raise ValueError(f"layers={index}: out of range, the network has {depth} blocks, indices go from 0 to {depth-1}")
+    return [i % depth for i in index]
+
+# %% ../nbs/03_conformer.ipynb #883ce20c
+class AttentionStore:
+    "Attention of the wanted blocks as they come: all of them (`reduce=None`) or their running mean (`reduce=\"mean\"`)"
+    def __init__(self,
+                 reduce:str|None, # None or "mean"
+                 layers, # as in `block_indices`
+                 depth:int # L
+                ):
+        if reduce not in (None, "mean"): raise ValueError(f"reduce is {reduce!r}; it must be None (one matrix per block) or 'mean' (their mean)")
+        self.index, self.mean, self.blocks, self.total = block_indices(layers, depth), reduce=="mean", {}, None
+
+    def add(self, i:int, attn:Tensor|None): # block number from 0 and its (B,1+N,1+N); a block that is not wanted is ignored
+        if i not in self.index: return
+        if not self.mean: self.blocks[i] = attn; return
+        wide = torch.float32 if attn.device.type=="mps" else torch.float64  # Apple's GPU has no float64
+        if self.total is None: self.total = torch.zeros_like(attn, dtype=wide)
+        self.total.add_(attn, alpha=self.index.count(i))
+
+    def result(self) -> Tensor: # (B,L,1+N,1+N), or (B,1,1+N,1+N) float64 if reduced
+        return (self.total/len(self.index))[:, None] if self.mean else torch.stack([self.blocks[i] for i in self.index], 1)
+
+# %% ../nbs/03_conformer.ipynb #03999bcb
 class _Readout(_Branches):
     "What comes out at the end of the walk"
     def features(self,
@@ -286,13 +335,16 @@ class _Readout(_Branches):
         return self.heads(*self.features(x))
 
     def maps(self,
-             x:Tensor # (B,3,H,W) normalized images
+             x:Tensor, # (B,3,H,W) normalized images
+             *,
+             reduce:str|None=None, # "mean": the mean over blocks instead of one matrix per block
+             layers:int|list[int]|str|None=None # blocks wanted, as in `block_indices`
             ) -> Maps: # class maps, attention and logits
         "Everything a CAM method needs, in one pass; under `torch.no_grad()` unless gradients are wanted"
-        attn = []
-        for step in self.walk(x, attention=True): attn.append(step.attn)         # L times (B,1+N,1+N)
+        store = AttentionStore(reduce, layers, self.depth)
+        for i, step in enumerate(self.walk(x, set(store.index))): store.add(i, step.attn)
         cam = F.conv2d(step.conv, self.conv_cls_head.weight[:, :, None, None])   # (B,K,h,w)
-        return Maps(cam, torch.stack(attn, 1), *self.heads(step.conv, self.trans_norm(step.tokens)))
+        return Maps(cam, store.result(), *self.heads(step.conv, self.trans_norm(step.tokens)))
 
 # %% ../nbs/03_conformer.ipynb #16bc3c4e
 class _Switches(_Readout):
@@ -472,21 +524,38 @@ def _size_name(state):
     widths = state["cls_token"].shape[-1], state["conv_1.conv3.weight"].shape[0]
     return next((n for n, v in VARIANTS.items() if (v.embed_dim, v.channels[0])==widths), None)
 
-# %% ../nbs/03_conformer.ipynb #d6ecbdac
+# %% ../nbs/03_conformer.ipynb #bfc8538b
+_FOREIGN = (("layer1.0.conv1.weight", "a ResNet; it is a CNN branch for adcam.branches.TwoBranch"),
+            ("patch_embed.proj.weight", "a plain vision transformer (DeiT, ViT, DINOv2); it is a ViT branch for adcam.branches.TwoBranch"),
+            ("patch_embed.projection.weight", "a plain vision transformer in mmpretrain's names; take the file of timm with adcam.branches.TwoBranch"))
+
+# %% ../nbs/03_conformer.ipynb #4e847637
+def _foreign(model, state):
+    "What a file is that is no Conformer of these names, and what to do; or None"
+    if "conv_trans_2.trans_block.norm1.weight" not in state and any(k.startswith("module.") for k in state):
+        return "the names begin with 'module.', as DistributedDataParallel saves them; save model.module.state_dict() instead"
+    bare = {k.removeprefix("model.").removeprefix("encoder.") for k in state}
+    found = next((what for name, what in _FOREIGN if name in bare), None)
+    if found: return f"the file is {found}. A Conformer needs a Conformer file: `adcam weights` lists them"
+    if getattr(state.get("conv_cls_head.weight"), "ndim", 2)==4:
+        return "the file's conv head is a convolution, as in TransCAM and TS-CAM; use load_pretrained to load all but the heads (last_block='stride1' for TransCAM's)"
+
+# %% ../nbs/03_conformer.ipynb #edaf5abb
 def _cause(model, state, diff):
     "The likely reason for a difference, and what to do"
-    name, v = _size_name(state), model.variant
+    name, v, other = _size_name(state), model.variant, _foreign(model, state)
+    if other: return other
     if name and (VARIANTS[name].embed_dim, VARIANTS[name].channels)!=(v.embed_dim, v.channels):
         return f"the file is a Conformer of size {name!r}; build the model with conformer_{name}"
     if "cls_token" in diff.shapes: return f"the file's tokens are {diff.shapes['cls_token'][0][-1]} wide, the model's {v.embed_dim}: build the model in the size that the file was trained in"
     if "trans_patch_conv.weight" in diff.shapes:
         file, ours = (shape[2]*v.stem_stride for shape in diff.shapes["trans_patch_conv.weight"])
-        return f"the file's patches are {file} pixels wide, the model's {ours}: take the patch-{ours} file (a p32 file does not fit a p16 model)"
+        return f"the file's patches are {file} pixels wide, the model's {ours}: take the patch-{ours} file (a p32 file does not fit a p16 model); `adcam weights` lists them"
     if all(map(_is_head, [*diff.missing, *diff.unexpected, *diff.shapes])):
         if diff.shapes: return f"only the heads differ: the file knows {next(iter(diff.shapes.values()))[0][0]} classes, the model {model.num_classes}; use load_pretrained to load all but the heads"
         if "conv_cls_head.bias" in diff.unexpected+diff.missing: return "the conv head has a bias on one side only: build the model with the other conv_head_bias, or use load_pretrained"
     if diff.missing and all(k.startswith(f"conv_trans_{model.depth}.") for k in diff.missing): return "the file lacks the last block; build the model with last_block='drop'"
-    return "the file belongs to another network"
+    return "the file belongs to another network; `adcam weights` lists the files that fit"
 
 # %% ../nbs/03_conformer.ipynb #1464d8ef
 def _in_words(model, path, state, diff):

@@ -6,7 +6,7 @@
 __all__ = ['profiles', 'PUBLISHED', 'MEASURED_BY', 'project_root', 'results_dir', 'checkpoint_path', 'Profile', 'differences',
            'published', 'file_sha256', 'git_commit', 'provenance', 'footer', 'output_folder', 'save_result',
            'load_result', 'to_csv', 'to_markdown', 'code_hash', 'Stage', 'cache_dir', 'stage', 'check_parameters',
-           'Point', 'point_maps', 'upsample', 'fit_scale', 'count', 'measure', 'summarize', 'choose_point',
+           'Point', 'point_maps', 'upsample', 'fit_scale', 'count', 'as_sweep', 'measure', 'summarize', 'choose_point',
            'patch_labels', 'attention_quality', 'measure_attention', 'bench']
 
 # %% ../nbs/13_pipeline.ipynb #0b8b44cd
@@ -102,7 +102,8 @@ class Profile:
     irn_lr_edge: float = 0.1             # SGD, decays as (1 - step/steps)^lr_power
     irn_lr_displacement: float = 1.0
     irn_weight_decay: float = 1e-4
-    irn_radius: int = 10                 # pairs of pixels at most this far apart, at stride 4
+    irn_radius: int = 10                 # pairs of pixels less than this far apart, at stride 4
+    irn_displacement: bool = True        # also train the displacement head; masks do not need it, and the heads share nothing
     walk_radius: int = 5                 # the same for the random walk
     walk_beta: int = 10                  # power of the affinities
     walk_exp_times: int = 8              # 2^8 = 256 steps; the paper's l has no value
@@ -123,7 +124,8 @@ profiles: dict[str, Profile] = {p.name: p for p in (
     Profile("coco", dataset="coco", num_classes=80, train_split="train2014", seed_split="train2014", test_split="val2014", choose_split="val2014",
             seg_iterations=100_000, seg_lr=2e-4, seg_batch=20),
     Profile("mini", dataset="scenes", num_classes=10, train_split="train", seed_split="train", choose_split="val", test_split="test",
-            network="conformer_mini", crop=112, resize=(112, 208), scales=(1.0,), flip=False),
+            network="conformer_mini", crop=112, resize=(112, 208), scales=(1.0,), flip=False,
+            irn_crop=160, irn_scale=(0.75, 1.25), irn_batch=16, irn_epochs=12, irn_lr_edge=1.0, irn_radius=5, irn_displacement=False, walk_exp_times=6),
 )}
 
 # %% ../nbs/13_pipeline.ipynb #58b82083
@@ -471,7 +473,7 @@ def _count(networks: list, sample: Any, points: list[Point], sweeps: list[list[S
     size = sample.image.shape[:2]
     for net, counters in zip(networks, sweeps):
         keys = positive_classes(sample.label, net.num_classes, f"image {sample.id}")
-        x = _view(sample.image, fit_scale(size, long_side), net.stride, "round")           # (1,3,h·s,w·s)
+        x, _ = _view(sample.image, fit_scale(size, long_side), net.stride, "round")        # (1,3,h·s,w·s)
         for m, sweep in zip(point_maps(net.maps(x), points, keys.tolist()), counters):     # (n,h,w)
             sweep.update(upsample(m[None], size)[0].numpy(), keys.numpy(), sample.mask)
 
@@ -540,7 +542,10 @@ def count(
     return stage(name, inputs, compute, MEASURED_BY, force=force)
 
 # %% ../nbs/13_pipeline.ipynb #9bc3125d
-def _as_sweep(hist: np.ndarray, thresholds: Any) -> Sweep:
+def as_sweep(
+    hist: np.ndarray,  # (K+1,K,T+1) counts, as stored
+    thresholds: Any,   # the T thresholds they were made with
+) -> Sweep:
     "A Sweep with given counts"
     sweep = Sweep(hist.shape[1], thresholds)
     sweep.hist = hist
@@ -560,8 +565,8 @@ _KEEP = ("rule", "t", "miou", "fp", "fn", "iou_bg", "f1", "pixel_accuracy")  # w
 # %% ../nbs/13_pipeline.ipynb #543f3adb
 def _score(report: np.ndarray, choose: np.ndarray | float, thresholds: Any) -> list[dict]:
     "The oracle row and the fixed row of one histogram"
-    fixed = choose if isinstance(choose, float) else _as_sweep(choose, thresholds)
-    return [{n: row[n] for n in _KEEP} for row in side_by_side(_as_sweep(report, thresholds), fixed)]
+    fixed = choose if isinstance(choose, float) else as_sweep(choose, thresholds)
+    return [{n: row[n] for n in _KEEP} for row in side_by_side(as_sweep(report, thresholds), fixed)]
 
 # %% ../nbs/13_pipeline.ipynb #d4e62d77
 def measure(
@@ -630,7 +635,7 @@ def attention_quality(
     "Same-object AUC and attention received by objects, mean over the images of a data set"
     found: dict = {}
     for sample in (ds[i] for i in range(len(ds))):
-        maps = network.maps(_view(sample.image, 1., network.stride, "round"))
+        maps = network.maps(_view(sample.image, 1., network.stride, "round")[0])
         gt = torch.from_numpy(patch_labels(sample.mask, maps.cam.shape[-2:]).astype(np.int64))[None]  # (1,h,w)
         A = patch_attention(maps.attn)                                                                # (1,N,N)
         blocks = {str(i + 1): patch_attention(maps.attn, [i]) for i in range(maps.attn.shape[1])}
@@ -708,7 +713,7 @@ def bench(
         def run(points):
             for s in samples: _count([net], s, points, _sweeps(net.num_classes, profiles["mini"].thresholds, 1, len(points)))
         one, full = _best_time(lambda: run([Point("ad_cam", 50, 2, "push")]), repeats), _best_time(lambda: run(grid), repeats)
-        forward = _best_time(lambda: [net.maps(_view(s.image, 1., net.stride, "round")) for s in samples], repeats)
+        forward = _best_time(lambda: [net.maps(_view(s.image, 1., net.stride, "round")[0]) for s in samples], repeats)
         add(f"grid of {len(grid)} (k,T) over one (k,T), forward pass and evaluation in both", full / one, 3.,
             one=one / 4, full=full / 4, forward=forward / 4, ratio_without_forward=(full - forward) / (one - forward))
         _bench_refinement(size, repeats, add)

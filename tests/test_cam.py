@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from adcam import cam as C
-from adcam.cam import (ad_cam, ad_cam_grid, att_diffu, attention_received, attention_report, cam_map, co_neighbor, diffuse, neighbors,
+from adcam.cam import (ad_cam, ad_cam_grid, att_diffu, attention_received, attention_report, cam_map, co_neighbor, crop_maps, diffuse, neighbors,
                        normalize, patch_attention, refine, same_object_auc, top_k, trans_cam, ts_cam)
 
 few = settings(max_examples=40, deadline=None)
@@ -237,6 +237,41 @@ def test_renorm_and_layers():
         torch.testing.assert_close(patch_attention(attn, layers), patch_attention(attn[:, index]))
 
 
+def test_rows_may_sum_to_less_than_one_but_not_to_more():
+    "Networks with further prefix tokens, and padded views, cut columns out before they come here"
+    attn = random_maps().attn
+    scaled = attn * torch.linspace(.1, 1., attn.shape[2], dtype=attn.dtype)[:, None]
+    for method in (ts_cam, trans_cam, att_diffu, lambda m: ad_cam(m, 5)): assert method(SimpleNamespace(cam=random_maps().cam, attn=scaled)).isfinite().all()
+    torch.testing.assert_close(patch_attention(scaled), patch_attention(attn))  # a row's own factor goes away
+    for bad in (attn * 1.02, attn * 0):
+        with pytest.raises(ValueError, match="rows of attn sum to"): patch_attention(bad)
+
+
+@few
+@given(seeds, st.data())
+def test_crop_maps_is_the_matrix_cut_by_hand(seed, data):
+    maps = random_maps(seed)                                             # 5 x 4 tokens
+    (y, x), h, w = (data.draw(st.integers(0, 4)), data.draw(st.integers(0, 3))), data.draw(st.integers(1, 5)), data.draw(st.integers(1, 4))
+    if y + h > 5 or x + w > 4:
+        with pytest.raises(ValueError, match="a grid of 5x4 tokens"): crop_maps(maps, (h, w), (y, x))
+        return
+    part, keep = crop_maps(maps, (h, w), (y, x)), [(y + i) * 4 + x + j for i in range(h) for j in range(w)]
+    A = maps.attn.mean(1)[:, 1:, 1:][:, keep][:, :, keep]
+    torch.testing.assert_close(patch_attention(part.attn), A / A.sum(-1, keepdim=True))
+    torch.testing.assert_close(part.attn[:, :, 0, 1:], maps.attn[:, :, 0, 1:][:, :, keep])
+    assert torch.equal(part.cam, maps.cam[..., y:y + h, x:x + w]) and part.attn.shape[-1] == 1 + h*w
+    torch.testing.assert_close(trans_cam(part).flatten(2), (part.cam.flatten(2) @ maps.attn.sum(1)[:, 1:, 1:][:, keep][:, :, keep].mT).relu())
+
+
+def test_inputs_are_not_changed():
+    "Memory is reused only where it is our own"
+    maps = random_maps(L=1)
+    before, S = [t.clone() for t in (maps.cam, maps.attn)], co_neighbor(patch_attention(maps.attn))
+    A, kept = patch_attention(maps.attn), S.clone()
+    for f in (lambda: patch_attention(maps.attn, renorm="per_layer"), lambda: trans_cam(maps), lambda: refine(A, 5, "weight", S=S), lambda: ad_cam(maps, 5), lambda: crop_maps(maps, (2, 2))): f()
+    assert torch.equal(maps.cam, before[0]) and torch.equal(maps.attn, before[1]) and torch.equal(S, kept) and torch.equal(A, patch_attention(maps.attn))
+
+
 def test_prenorm_changes_only_the_scale():
     maps = random_maps()
     torch.testing.assert_close(normalize(ad_cam(maps, 5, prenorm="max"), eps=0), normalize(ad_cam(maps, 5), eps=0))
@@ -385,7 +420,7 @@ BAD = [
     (lambda m: ad_cam(SimpleNamespace(cam=m.cam, attn=m.attn * float("nan")), 5), "NaN"),
     (lambda m: ts_cam(SimpleNamespace(cam=m.cam, attn=m.attn * float("nan"))), "NaN"),
     (lambda m: ad_cam(SimpleNamespace(cam=m.cam, attn=-m.attn), 5), "negative attention"),
-    (lambda m: ad_cam(SimpleNamespace(cam=m.cam, attn=m.attn * 2), 5), "miss the sum 1"),
+    (lambda m: ad_cam(SimpleNamespace(cam=m.cam, attn=m.attn * 2), 5), "rows of attn sum to 2"),
     (lambda m: patch_attention(m.attn[:, 0]), r"expected \(B, L, 1\+N, 1\+N\)"),
     (lambda m: patch_attention(m.attn[..., 1:]), r"expected \(B, L, 1\+N, 1\+N\)"),
     (lambda m: co_neighbor(m.attn[:, 0, 1:]), "expected"),

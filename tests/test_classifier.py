@@ -3,13 +3,15 @@ import json, math, os, subprocess, sys
 from dataclasses import replace
 
 import numpy as np, pytest, torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from adcam.classifier import (EpochBatches, MultiLabel, PretrainConfig, SingleLabel, TrainConfig, bce_loss, fit, learning_rate, pretrain,
-                              random_mask, save_weights, square_colors, train)
+from adcam.classifier import (EpochBatches, Features, HeadsConfig, MultiLabel, PretrainConfig, SingleLabel, TrainConfig, bce_loss, cached_features, fit,
+                              freeze_backbone, learning_rate, pretrain, random_mask, save_weights, square_colors, train, train_heads)
 from adcam.conformer import conformer_mini, load_checkpoint
+from adcam.data import to_tensor
 from adcam.scenes import Sample
 
 TINY = dict(channels=(8, 16), depths=(2, 2), embed_dim=12, stem_width=8)
@@ -157,7 +159,7 @@ def test_order_is_shared_among_processes(n, share, world, epoch):
 
 @pytest.mark.parametrize("kw,words", [
     (dict(epochs=0), "epochs is 0"), (dict(batch=0), "batch is 0"), (dict(lr_vit=0.), "lr_vit is 0"), (dict(weight_decay=-1), "weight_decay is -1"),
-    (dict(schedule_vit="step"), "constant, poly, cosine"), (dict(mixed_precision="fp16"), "'no' or 'bf16'"), (dict(batch=13), "do not fill one batch"),
+    (dict(schedule_vit="step"), "constant, poly, cosine"), (dict(mixed_precision="half"), "'no', 'bf16' or 'fp16'"), (dict(batch=13), "do not fill one batch"),
     (dict(drop_path=1.), "below 1"), (dict(crop=34), "does not fit")])
 def test_bad_settings(kw, words):
     with pytest.raises(ValueError, match=words): run(config=replace(QUICK, **kw))
@@ -259,6 +261,183 @@ def test_bf16():
         history = run(model, replace(QUICK, epochs=1, mixed_precision="bf16"))
     finally: AcceleratorState._reset_state(reset_partial_state=True)
     assert {p.dtype for p in model.parameters()}=={torch.float32} and all(math.isfinite(h["loss"]) for h in history)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 is allowed here")
+def test_fp16_needs_a_gpu():
+    with pytest.raises(ValueError, match="'no' or 'bf16' on this machine: fp16 needs a GPU"): run(config=replace(QUICK, mixed_precision="fp16"))
+
+
+def test_loss_scale_of_fp16_changes_nothing_and_is_kept(tmp_path):
+    "The scaled path of fp16, run in float32: scaling by a power of two is exact, and a resumed run has the scale where it was"
+    def scaled(**kw):
+        acc = Accelerator(cpu=True)
+        acc.scaler = torch.amp.GradScaler("cpu", init_scale=2.**10, growth_interval=2)
+        model = fresh()
+        history = run(model, accelerator=acc, **kw)
+        return model, [h["loss"] for h in history], acc.scaler.get_scale()
+    def stop(model, done, history):
+        if done==1: raise KeyboardInterrupt
+    plain = fresh()
+    losses = [h["loss"] for h in run(plain)]
+    model, got, scale = scaled()
+    assert got==losses and equal(model, plain) and scale==2.**14
+    with pytest.raises(KeyboardInterrupt): scaled(out=tmp_path, callback=stop)
+    model, got, scale = scaled(out=tmp_path)
+    assert got==losses and equal(model, plain) and scale==2.**14
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulation_is_the_whole_batch(parts):
+    config = replace(QUICK, freeze_bn=True, drop_path=0., clip_norm=.5)
+    a, b = fresh(), fresh()
+    one, many = run(a, config), run(b, config, accumulate=parts)
+    assert np.allclose([h["loss"] for h in one], [h["loss"] for h in many], rtol=1e-4)
+    assert one[0]["loss"]==pytest.approx(many[0]["loss"], rel=1e-6)
+
+
+def test_accumulation_is_part_of_a_run(tmp_path):
+    with pytest.raises(ValueError, match="accumulate is 3; it must divide the 4 images"): run(accumulate=3)
+    run(config=replace(QUICK, epochs=1), out=tmp_path)
+    assert "accumulate" not in json.loads((tmp_path/"settings.json").read_text())
+    with pytest.raises(ValueError, match="accumulate = None, now it is 2"): run(config=replace(QUICK, epochs=1), out=tmp_path, accumulate=2)
+
+
+# ---- any network, and heads alone
+
+class TwoTowers(nn.Module):
+    "The smallest network with the contract: shares nothing with the Conformer"
+    num_classes, stride = 3, 8
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.cnn, self.vit = nn.Sequential(nn.Conv2d(3, 6, 8, 8), nn.BatchNorm2d(6), nn.ReLU()), nn.Conv2d(3, 5, 8, 8)
+        self.conv_cls_head, self.trans_cls_head = nn.Linear(6, 3), nn.Linear(5, 3)
+    def features(self, x): return self.cnn(x), self.vit(x).flatten(2).mean(2)[:, None].tanh()
+    def heads(self, conv, tokens): return self.conv_cls_head(conv.mean((2, 3))), self.trans_cls_head(tokens[:, 0])
+    def forward(self, x): return self.heads(*self.features(x))
+    def param_groups(self):
+        names = [n for n, _ in self.named_parameters()]
+        return dict(vit=[n for n in names if n[0] in "vt"], cnn=[n for n in names if n[0]=="c"])
+
+
+class Mirrored(Photos):
+    "Of sizes that differ, and the same after a flip"
+    def __init__(self, size=None): super().__init__(); self.size = size
+    def fingerprint(self): return f"mirrored-{self.size}"
+    def __getitem__(self, i):
+        s = super().__getitem__(i)
+        h, w = (self.size, self.size) if self.size else (24+8*(i % 2), 32)
+        return s._replace(image=np.concatenate([s.image[:h, :w//2], s.image[:h, :w//2][:, ::-1]], 1))
+
+
+def test_any_network_trains(tmp_path):
+    model, again = TwoTowers(), TwoTowers()
+    history = run(model, replace(QUICK, lr_vit=1e-2, lr_cnn=1e-2, epochs=10), out=tmp_path)
+    assert history[-1]["loss"]<history[0]["loss"] and json.loads((tmp_path/"settings.json").read_text())["stop_grad"] is None
+    assert run(again, replace(QUICK, lr_vit=1e-2, lr_cnn=1e-2, epochs=10), out=tmp_path)==history and equal(model, again)
+
+
+def test_two_branch_trains():
+    branches = pytest.importorskip("adcam.branches")
+    torch.manual_seed(0)
+    model = branches.TwoBranch("resnet10t", "vit_tiny_patch16_224", num_classes=3)
+    ds, before = Mirrored(32), model.conv_cls_head.weight.detach().clone()
+    assert len(run(model, replace(QUICK, epochs=1, crop=64, resize=(64, 64))))==3 and not torch.equal(model.conv_cls_head.weight, before)
+    history = train_heads(model, ds, HeadsConfig(size=64, steps=10), progress=False)
+    assert history[-1]["conv"]<history[0]["conv"] and history[-1]["trans"]<history[0]["trans"]
+
+
+@pytest.mark.parametrize("broken,words", [(lambda m: None, "no param_groups and no num_classes"), (lambda m: dict(vit=[], cnn=["x"]), r"every parameter once.*look at \['cnn.0.bias'")])
+def test_contract_errors(broken, words):
+    model = TwoTowers()
+    if "param_groups and" in words: model = nn.Linear(2, 2)
+    else: model.param_groups = lambda: broken(model)
+    with pytest.raises(ValueError, match=words): run(model)
+
+
+def test_frozen_parts_stay():
+    model = TwoTowers()
+    assert freeze_backbone(model)==["conv_cls_head.weight", "conv_cls_head.bias", "trans_cls_head.weight", "trans_cls_head.bias"]
+    before = {n: v.clone() for n, v in model.state_dict().items()}
+    run(model, replace(QUICK, epochs=1))
+    changed = [n for n, v in model.state_dict().items() if not torch.equal(v, before[n])]
+    assert changed==freeze_backbone(model)  # statistics of the frozen BatchNorm are not among them
+    with pytest.raises(ValueError, match="every parameter of the network is frozen"): run(model.requires_grad_(False))
+
+
+@pytest.mark.parametrize("make", [fresh, TwoTowers])
+def test_heads_alone_are_training_with_a_frozen_backbone(make):
+    "Same losses in every step, same heads: whole images that a flip does not change, all of them in every step"
+    slow, fast = make(), make()
+    freeze_backbone(slow)
+    c = TrainConfig(epochs=8, batch=12, lr_vit=.01, lr_cnn=.01, schedule_cnn="constant", weight_decay=.1, drop_path=0., crop=32, resize=None)
+    a = train(slow, Mirrored(32), c, progress=False)
+    b = train_heads(fast, Mirrored(32), HeadsConfig(solver="adamw", steps=8, lr=.01, weight_decay=.1), progress=False)
+    assert np.allclose([[r["conv"], r["trans"]] for r in a], [[r["conv"], r["trans"]] for r in b], rtol=1e-5)
+    for (n, v), w in zip(fast.state_dict().items(), slow.state_dict().values()): torch.testing.assert_close(v, w, rtol=1e-4, atol=1e-5, msg=n)
+    assert all(p.requires_grad and p.grad is None for p in fast.parameters()) and not fast.training
+
+
+def test_features_by_loop():
+    "Images of two sizes in batches of three are what each of them is alone"
+    model, ds = TwoTowers().eval(), Mirrored()
+    f = cached_features(model, ds, batch=3, progress=False)
+    for i in range(12):
+        with torch.no_grad(): conv, tokens = model.features(to_tensor(ds[i].image)[None])
+        torch.testing.assert_close(f.conv[i], conv.mean((2, 3))[0]); torch.testing.assert_close(f.token[i], tokens[0, 0])
+        assert torch.equal(f.labels[i], torch.from_numpy(ds[i].label))
+
+
+def test_solvers():
+    f = cached_features(TwoTowers(), Mirrored(), progress=False)
+    a, b, c = TwoTowers(), TwoTowers(), TwoTowers()
+    best = train_heads(a, f, HeadsConfig(steps=300))
+    assert train_heads(b, f, HeadsConfig(steps=300))==best and equal(a, b) and len(best)<300  # deterministic, and it stops by itself
+    many = train_heads(c, f, HeadsConfig(solver="adamw", steps=300, lr=.03, weight_decay=0.))
+    assert all(r["step"]==i+1 for i, r in enumerate(best)) and best[-1]["loss"]<best[0]["loss"] and many[-1]["loss"]<many[0]["loss"]
+    w = {n: p.detach().clone().double().requires_grad_() for n, p in a.named_parameters() if "head" in n}
+    z = [x.double()@w[f"{n}.weight"].T+w[f"{n}.bias"] for n, x in (("conv_cls_head", f.conv), ("trans_cls_head", f.token))]
+    total = sum(bce_loss(v, f.labels.double()) for v in z)+.0015*sum(v.square().sum() for n, v in w.items() if n.endswith("weight"))
+    total.backward()
+    assert max(v.grad.abs().max() for v in w.values())<2e-3  # the minimum of loss and penalty
+
+
+class Counted(Mirrored):
+    reads = 0
+    def __getitem__(self, i): Counted.reads += 1; return super().__getitem__(i)
+
+
+def test_cache(tmp_path):
+    model, ds, folder = TwoTowers(), Counted(), tmp_path/"with space é"
+    def reads(**kw):
+        Counted.reads = 0
+        f = cached_features(model, ds, cache=folder, progress=False, **kw)
+        return f, Counted.reads
+    first, n = reads()
+    assert n==12 and len(list(folder.iterdir()))==1
+    train_heads(model, ds, cache=folder, progress=False)
+    again, n = reads()  # the heads are others now, the backbone is not
+    assert n==0 and all(torch.equal(a, b) for a, b in zip(first, again))
+    assert reads(size=64)[1]==12
+    with torch.no_grad(): model.vit.bias.add_(1)
+    assert reads()[1]==12 and len(list(folder.iterdir()))==3
+    for path in folder.iterdir(): path.write_bytes(b"PK\x03\x04torn")
+    with pytest.warns(UserWarning, match="not a readable features file"): assert reads()[1]==12
+    assert reads()[1]==0 and not list(folder.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("kw,words", [(dict(solver="sgd"), "'lbfgs' or 'adamw'"), (dict(steps=0), "steps is 0"), (dict(batch=0), "batch is 0"), (dict(lr=0.), "lr is 0"),
+                                      (dict(weight_decay=-1.), "weight_decay -1"), (dict(size=0), "size is 0")])
+def test_bad_heads_settings(kw, words):
+    with pytest.raises(ValueError, match=words): train_heads(TwoTowers(), Mirrored(), HeadsConfig(**kw), progress=False)
+
+
+def test_heads_errors():
+    f = cached_features(TwoTowers(), Mirrored(), progress=False)
+    with pytest.raises(ValueError, match="no parameters under conv_cls_head or trans_cls_head"): freeze_backbone(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="4 classes, the network 3"): train_heads(TwoTowers(), f._replace(labels=torch.zeros(12, 4)))
+    with pytest.raises(FloatingPointError, match="nan in step 1"): train_heads(TwoTowers(), f._replace(conv=f.conv*math.nan))
 
 
 # ---- files

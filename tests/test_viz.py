@@ -3,10 +3,13 @@ import matplotlib
 matplotlib.use("Agg")
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
 
-from adcam.viz import ERROR_COLORS, colorize, error_map, overlay, palette, set_style, show_images, show_matrix
+from adcam import cam
+from adcam.viz import (ERROR_COLORS, Inspector, attention_rows, colorize, error_map, inspector, overlay, overlay_mask, palette, panel, patch_at, set_style,
+                       show_images, show_matrix)
 
 GRAY = np.full((12, 16, 3), 128, np.uint8)
 
@@ -89,3 +92,130 @@ def test_figures():
                                         (lambda: show_images([GRAY], ncols=0), "ncols=0"), (lambda: show_matrix(np.zeros(3)), "n,m"), (lambda: show_matrix(np.array([["a"]])), "n,m")])
 def test_figures_refuse(call, word):
     with pytest.raises(ValueError, match=word): call()
+
+
+# --- overlays of masks, tables of pictures
+
+
+@given(arrays(np.uint8, (12, 16), elements=st.sampled_from([0, 1, 7, 255])), st.floats(0, 1))
+def test_overlay_mask_paints_objects_only(mask, alpha):
+    out = overlay_mask(GRAY, mask, alpha)
+    nothing = (mask == 0) | (mask == 255)
+    assert (out[nothing] == 128).all() and out.dtype == np.uint8
+    assert np.abs(out[~nothing] - ((1 - alpha) * 128 + alpha * palette()[mask][~nothing])).max(initial=0) <= .51
+
+
+def test_panel():
+    heat = np.zeros((2, 2))
+    fig = panel([[GRAY, heat], [None, np.zeros((3, 3), int)]], ["a", "b"], ["x", "y"], {"cat": 1, "dog": 2}, title="t")
+    assert [a.get_title() for a in fig.axes[:2]] == ["a", "b"] and [fig.axes[i].get_ylabel() for i in (0, 2)] == ["x", "y"]
+    assert [len(a.images) for a in fig.axes] == [1, 1, 0, 1] and [t.get_text() for t in fig.legends[0].get_texts()] == ["cat", "dog"]
+    assert not matplotlib.pyplot.get_fignums()
+
+
+@pytest.mark.parametrize("call, word", [(lambda: panel([]), "at least one"), (lambda: panel([[None]]), "at least one"), (lambda: panel([[GRAY], [GRAY, GRAY]]), "equal length"),
+                                        (lambda: panel([[GRAY]], rows=["a", "b"]), "2 names for 1 rows"), (lambda: overlay_mask(GRAY, np.zeros((3, 3), int)), "resize the mask"),
+                                        (lambda: overlay_mask(GRAY, np.zeros((12, 16), int), 2), "alpha=2")])
+def test_tables_refuse(call, word):
+    with pytest.raises(ValueError, match=word): call()
+
+
+# --- the inspector
+
+
+GRID = (3, 4)
+
+
+def matrices(seed=0, n=12):
+    "A and S as adcam.cam makes them, and a complete table of maps."
+    torch.manual_seed(seed)
+    A = torch.rand(n, n, dtype=torch.float64).pow(4)
+    A = A / A.sum(1, keepdim=True)
+    heat = {(k, T, d): torch.rand(2, *GRID) for k in (2, 5, 12) for T in (0, 1, 2) for d in ("push", "pull")}
+    return A, cam.co_neighbor(A), heat
+
+
+@given(st.integers(0, 200), st.integers(1, 12), st.integers(0, 11))
+@settings(deadline=None, max_examples=30)
+def test_rows_are_those_of_adcam_cam(seed, k, i):
+    A, S, _ = matrices(seed)
+    rows = attention_rows(A.numpy(), S.numpy(), i, k)
+    assert (rows["kept"] == cam.top_k(S, k)[i].numpy()).all()
+    np.testing.assert_allclose(rows["refined"], cam.refine(A, k)[i].numpy(), atol=1e-12)
+
+
+def test_equal_similarities_and_an_empty_row():
+    A, S = np.eye(4)[[1, 1, 2, 3]], np.ones((4, 4))
+    assert attention_rows(A, S, 0, 1)["kept"].tolist() == [True, False, False, False]    # the lower index, as in top_k
+    assert attention_rows(A, S, 0, 1)["refined"].tolist() == [1, 0, 0, 0]                # nothing left: it looks at itself, as in refine
+    np.testing.assert_array_equal(cam.refine(torch.tensor(A), 1, S=torch.tensor(S))[0], [1, 0, 0, 0])
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.floats(0, .999), st.floats(0, .999))
+def test_every_pixel_has_its_patch(h, w, x, y):
+    i = patch_at(x * 100, y * 60, (60, 100), (h, w))
+    assert divmod(i, w) == (int(y * 60 * h / 60), int(x * 100 * w / 100))
+
+
+def test_choices_change_what_they_should():
+    A, S, heat = matrices()
+    tool = Inspector(GRAY, A, S, heat, GRID, ["cat", "dog"], size=80)
+    assert tool.size == (60, 80) and all(p.shape == (60, 80, 3) and p.dtype == np.uint8 for p in [tool.heat_picture(), *tool.row_pictures().values()])
+    def what(name, value):
+        before = {"heat": tool.heat_picture()} | tool.row_pictures()
+        old, _ = getattr(tool, name), setattr(tool, name, value)
+        after = {"heat": tool.heat_picture()} | tool.row_pictures()
+        setattr(tool, name, old)
+        return {n for n in before if (before[n] != after[n]).any()}
+    assert what("k", 2) == {"heat", "kept", "refined"}
+    assert what("T", 0) == what("direction", "push") == what("cls", 1) == {"heat"}
+    assert what("patch", (tool.patch + 1) % 12) == {"heat", "A", "S", "kept", "refined"}    # the frame moves, too
+    assert tool.select(79, 59) == 11 and "row 2, column 3" in tool.caption() and "cat" in tool.caption()
+
+
+def test_a_choice_costs_little():
+    "No lag: a choice redraws five pictures of a 28x28 grid in less CPU time than a frame of a slow film."
+    import time
+    n, rng = 784, np.random.default_rng(0)
+    A = rng.random((n, n))
+    tool = Inspector(np.zeros((480, 640, 3), np.uint8), A / A.sum(1, keepdims=True), A, {(50, 1, "pull"): rng.random((1, 28, 28))}, (28, 28))
+    start = time.process_time()
+    for tool.patch in range(10): tool.heat_picture(), tool.row_pictures()
+    assert (time.process_time() - start) / 10 < .15
+
+
+@pytest.mark.parametrize("change, word", [
+    (lambda a: a.update(A=a["A"][:5]), r"\(12, 12\)"), (lambda a: a.update(S=a["S"].long()), "floats"), (lambda a: a["heat"].pop((5, 1, "pull")), r"heat lacks \(5, 1, 'pull'\)"),
+    (lambda a: a["heat"].update({(5, 1, "pull"): torch.zeros(2, 4, 4)}), r"\(n, 3, 4\)"), (lambda a: a.update(heat={}), "every"), (lambda a: a.update(classes=["one"]), "1 class names for 2"),
+    (lambda a: a.update(image=GRAY / 255), "uint8"), (lambda a: a.update(heat={(13, 1, "pull"): torch.zeros(2, 3, 4)}), "k lies in 1..12")])
+def test_the_inspector_refuses_what_does_not_fit(change, word):
+    A, S, heat = matrices()
+    given_ = dict(image=GRAY, A=A, S=S, heat=heat, grid=GRID, classes=["cat", "dog"])
+    change(given_)
+    with pytest.raises(ValueError, match=word): Inspector(**given_)
+
+
+def test_controls_and_clicks_without_a_browser():
+    pytest.importorskip("ipyevents")
+    import ipywidgets
+    from ipyevents import Event
+    A, S, heat = matrices()
+    box = inspector(GRAY, A, S, heat, GRID, ["cat", "dog"], size=80)
+    (k, T, direction, cls), line, pictures = box.children[0].children, box.children[1], box.children[2]
+    heat_screen = pictures.children[0].children[1]
+    assert isinstance(heat_screen, ipywidgets.Image) and list(k.options) == [2, 5, 12] and list(T.options) == [0, 1, 2]
+    seen = {heat_screen.value}
+    for control, value in ((k, 12), (T, 0), (direction, "push"), (cls, 1)):
+        control.value = value
+        assert heat_screen.value not in seen
+        seen.add(heat_screen.value)
+    assert (box.tool.k, box.tool.T, box.tool.direction, box.tool.cls) == (12, 0, "push", 1)
+    event = next(w for w in reversed(list(ipywidgets.widget._instances.values())) if isinstance(w, Event) and w.source is heat_screen)
+    event._handle_mouse_msg(event, {"type": "click", "dataX": 79, "dataY": 59}, None)         # what the browser sends
+    assert box.tool.patch == 11 and "patch 11" in line.value and heat_screen.value not in seen
+
+
+def test_missing_widgets_are_named(monkeypatch):
+    import sys
+    monkeypatch.setitem(sys.modules, "ipyevents", None)
+    with pytest.raises(ImportError, match=r"adcam\[widgets\]"): inspector(GRAY, *matrices(), GRID)
