@@ -31,7 +31,7 @@ WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count() or 1, 8))')
 QUIET     := 2> >(grep -v 'over TCP without encryption' >&2)
 PAPERMILL := $(BIN)papermill -k python3 --no-progress-bar --start-timeout 180 --execution-timeout 3600
 
-.PHONY: help install figure4 table3 fig5 fig6 theorem41 results checkpoints bench test check readme clean
+.PHONY: help install figure4 table3 fig5 fig6 theorem41 table1 photos results checkpoints bench test check readme clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z][a-z0-9]*:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -71,13 +71,25 @@ fig6: install ## Figure 6: the diffusion step by step
 theorem41: install ## Theorem 4.1 checked on random neighborhoods
 	$(call paper,theorem41)
 
-results: figure4 table3 fig5 fig6 theorem41 ## every table and figure
+table1: install ## Table 1: seeds and pseudo masks, twelve boundary networks (most of an hour)
+	$(call paper,table1)
+
+# WITH="-p pretrained False -p cnn_weights FILE -p vit_weights FILE" takes weights from files where there is no network
+photos: OUT = results/photos
+photos: install ## AD-CAM from public networks on photographs with masks: make photos DATA=FOLDER
+	@test -n "$(DATA)" || { echo "photographs are not shipped: make photos DATA=FOLDER, a folder in PASCAL VOC layout" >&2; exit 1; }
+	@mkdir -p $(OUT)
+	$(PAPERMILL) nbs/paper/photos.ipynb $(OUT)/photos.ipynb -f configs/photos.yaml -p data $(DATA) $(WITH) -p out_dir $(OUT) $(QUIET)
+	@$(PY) tools/show.py $(OUT) photos
+
+results: figure4 table3 fig5 fig6 theorem41 table1 ## every table and figure
 
 checkpoints: install ## train the three seeds anew, with and without stop-gradient (hours on a CPU)
 	$(PY) -m adcam.cli checkpoints
 
-bench: install ## measure speed ratios, written to results/mini/bench.json
+bench: install ## measure speed ratios: results/mini/bench.json, and results/bench for each tools/bench/*.py
 	$(PY) -m adcam.cli bench --out $(OUT)
+	for script in tools/bench/*.py; do OMP_NUM_THREADS=1 $(PY) $$script || exit 1; done
 
 test: install ## module notebooks, then pytest, which also runs every figure notebook at smoke size
 	OMP_NUM_THREADS=1 $(BIN)nbdev_test --path nbs --skip_folder_re '^[_.]|^paper$$' --n_workers $(WORKERS) --timing

@@ -32,8 +32,8 @@ def _attend(q, k, v, mask=None, dropout=0., scale=None):
         if bias is not None: z = z + bias[:, h]
         a = z.softmax(-1, dtype=torch.promote_types(z.dtype, torch.float32)) # (B,n,n) rows sum to 1
         out.append(F.dropout(a, dropout, dropout > 0).to(v.dtype) @ v[:, h]) # (B,n,d)
-        mean = mean + a/q.shape[1]                                           # (B,n,n)
-    return torch.stack(out, 1), mean
+        mean = a.clone() if h == 0 else mean.add_(a)                         # (B,n,n) in place: no second matrix per head
+    return torch.stack(out, 1), mean.div_(q.shape[1])
 
 # %% ../nbs/06_branches.ipynb #e58d4b22
 def _one_prefix(a, prefix, has_class):
@@ -60,7 +60,7 @@ class _Store(TorchFunctionMode):
     def _keep(self, a):
         "Store one block, or add it to the mean"
         a = _one_prefix(a, self.prefix, self.has_class)                      # (B,1+N,1+N)
-        if self.reduce and self.found: self.found[0] = self.found[0] + a/len(self.wanted)
+        if self.reduce and self.found: self.found[0].add_(a, alpha=1/len(self.wanted))
         else: self.found.append(a/len(self.wanted) if self.reduce else a)
 
 # %% ../nbs/06_branches.ipynb #c8b3faa5

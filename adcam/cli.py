@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['app', 'Data', 'Split', 'Images', 'data_app', 'AnySize', 'Processes', 'Where', 'Network', 'Weights', 'TrainingSeed',
            'Coupled', 'irnet_app', 'Recipe', 'AllCores', 'SmallBackbone', 'main', 'version', 'scenes', 'Kind', 'check',
-           'get', 'convert', 'weights', 'Size', 'profile', 'seeds', 'evaluate', 'train', 'train_heads', 'irnet_labels',
-           'irnet_train', 'irnet_masks', 'crf', 'whole_run', 'explain', 'checkpoints', 'paper', 'bench']
+           'get', 'convert', 'weights', 'Size', 'profile', 'seeds', 'seeds_check', 'seeds_merge', 'evaluate', 'train',
+           'train_heads', 'irnet_labels', 'irnet_train', 'irnet_masks', 'crf', 'whole_run', 'explain', 'checkpoints',
+           'paper', 'bench']
 
 # %% ../nbs/14_cli.ipynb #e9194bbd
 import json
@@ -255,6 +256,7 @@ def seeds(
     flip: Annotated[Optional[bool], typer.Option("--flip/--no-flip", help="Add the mirrored views; the profile's if not given.")] = None,
     size_mode: Annotated[Optional[str], typer.Option(help="How a side becomes a multiple of the stride: round, pad or square; the profile's if not given.")] = None,
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16 for the network; attention and similarity stay in float64.")] = "fp32",
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1; auto takes this process's GPU if there is one.")] = "auto",
     processes: Processes = 1,
     force: Annotated[bool, typer.Option("--force", help="Replace seeds made with other settings.")] = False,
 ) -> None:
@@ -267,13 +269,45 @@ def seeds(
     options = _method_options(method, usual, dict(k=k, steps=steps, direction=direction))
     if "k" in options and len(factors) > 1:
         options["clip_k"] = True  # the small views have fewer tokens than k
-    model = _network(network, len(ds.classes), weights, seed, coupled)
+    if device == "auto":
+        import torch
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    model = _network(network, len(ds.classes), weights, seed, coupled).to(device)
     done = extract_dataset(model, ds, out, method, scales=factors, flip=usual.flip if flip is None else flip, size_mode=size_mode or usual.size_mode,
                            precision=precision, processes=processes, force=force, **options)
     typer.echo(f"{done['computed']} seeds computed, {done['cached']} were there: {out}")
     if done["unlabeled"]:
         typer.echo(f"{len(done['unlabeled'])} images without a class have no seed, first {done['unlabeled'][0]}", err=True)
     _tell_skipped([Skipped(*s) for s in done["skipped"]], len(ds))
+
+# %% ../nbs/14_cli.ipynb #eef283d5
+@app.command("seeds-check")
+def seeds_check(
+    folder: Annotated[Path, typer.Argument(help="Folder written by `adcam seeds`.")],
+    data: Data = "mini", split: Split = "train", n: Images = None,
+) -> None:
+    "Is every image there exactly once? Exit code 1 if a seed is missing, damaged or was skipped."
+    from adcam.data import open_data
+    from adcam.seeds import check_seeds
+    told = check_seeds(folder, open_data(data, split, n, check=False))
+    typer.echo(f"{told['there']} seeds, {len(told['missing'])} missing, {len(told['damaged'])} damaged, {len(told['skipped'])} skipped, "
+               f"{len(told['unlabeled'])} without label, {len(told['foreign'])} of other images")
+    for name in told["missing"][:20]:
+        typer.echo(f"  missing {name}")
+    for name, reason in told["damaged"] + told["skipped"]:
+        typer.echo(f"  {name}: {reason}")
+    if not told["complete"]:
+        raise typer.Exit(1)
+
+# %% ../nbs/14_cli.ipynb #c3a84fd7
+@app.command("seeds-merge")
+def seeds_merge(
+    folders: Annotated[list[Path], typer.Argument(help="Folders written by `adcam seeds` on several machines.")],
+    out: Annotated[Path, typer.Option(help="Where all seeds are put.")],
+) -> None:
+    "Bring seeds together that were made on machines without a common disk."
+    from adcam.seeds import merge_seeds
+    typer.echo(f"{merge_seeds(folders, out)} seeds in {out}")
 
 # %% ../nbs/14_cli.ipynb #c13ce7e6
 def _rows(folder: Path, ds, fixed: float) -> list:

@@ -473,7 +473,7 @@ def _count(networks: list, sample: Any, points: list[Point], sweeps: list[list[S
     size = sample.image.shape[:2]
     for net, counters in zip(networks, sweeps):
         keys = positive_classes(sample.label, net.num_classes, f"image {sample.id}")
-        x, _ = _view(sample.image, fit_scale(size, long_side), net.stride, "round")        # (1,3,h·s,w·s)
+        x = _view(sample.image, fit_scale(size, long_side), net.stride, "round")           # (1,3,h·s,w·s)
         for m, sweep in zip(point_maps(net.maps(x), points, keys.tolist()), counters):     # (n,h,w)
             sweep.update(upsample(m[None], size)[0].numpy(), keys.numpy(), sample.mask)
 
@@ -635,7 +635,7 @@ def attention_quality(
     "Same-object AUC and attention received by objects, mean over the images of a data set"
     found: dict = {}
     for sample in (ds[i] for i in range(len(ds))):
-        maps = network.maps(_view(sample.image, 1., network.stride, "round")[0])
+        maps = network.maps(_view(sample.image, 1., network.stride, "round"))
         gt = torch.from_numpy(patch_labels(sample.mask, maps.cam.shape[-2:]).astype(np.int64))[None]  # (1,h,w)
         A = patch_attention(maps.attn)                                                                # (1,N,N)
         blocks = {str(i + 1): patch_attention(maps.attn, [i]) for i in range(maps.attn.shape[1])}
@@ -713,7 +713,7 @@ def bench(
         def run(points):
             for s in samples: _count([net], s, points, _sweeps(net.num_classes, profiles["mini"].thresholds, 1, len(points)))
         one, full = _best_time(lambda: run([Point("ad_cam", 50, 2, "push")]), repeats), _best_time(lambda: run(grid), repeats)
-        forward = _best_time(lambda: [net.maps(_view(s.image, 1., net.stride, "round")[0]) for s in samples], repeats)
+        forward = _best_time(lambda: [net.maps(_view(s.image, 1., net.stride, "round")) for s in samples], repeats)
         add(f"grid of {len(grid)} (k,T) over one (k,T), forward pass and evaluation in both", full / one, 3.,
             one=one / 4, full=full / 4, forward=forward / 4, ratio_without_forward=(full - forward) / (one - forward))
         _bench_refinement(size, repeats, add)
