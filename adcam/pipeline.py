@@ -61,8 +61,8 @@ def checkpoint_path(
 
 # %% ../nbs/13_pipeline.ipynb #54303996
 @dataclass(frozen=True)
-class Profile:
-    "Every setting of a run. Frozen: `replace(profile, k=20)` makes a changed copy"
+class _SeedSettings:
+    "From images to seeds"
     name: str
     dataset: str = "voc"                 # "scenes", "voc" or "coco"
     num_classes: int = 20                # K, without background
@@ -93,6 +93,11 @@ class Profile:
     flip: bool = True
     size_mode: str = "round"
     thresholds: tuple[float, ...] = tuple(i / 100 for i in range(60))
+
+# %% ../nbs/13_pipeline.ipynb #33deb857
+@dataclass(frozen=True)
+class Profile(_SeedSettings):
+    "Every setting of a run. Frozen: `replace(profile, k=20)` makes a changed copy"
     label_fg: float = 0.30               # IR labels: confident foreground above this; IRN's (ReCAM and AdvCAM 0.35)
     label_bg: float = 0.05               # IR labels: confident background below this; IRN's
     irn_crop: int = 512                  # training of IRNet, pixels; all irn_* and walk_* are IRN's

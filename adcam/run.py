@@ -93,12 +93,13 @@ def train_config(
     same = {n: getattr(profile, n) for n in ("epochs", "batch", "crop", "resize", "lr_vit", "lr_cnn", "weight_decay", "drop_path")}
     return TrainConfig(**same | dict(power=profile.lr_power) | changes)
 
-# %% ../nbs/13b_run.ipynb #b9d1cdf0
+# %% ../nbs/13b_run.ipynb #887d311a
 def _conformer(p: Profile, seed: int) -> nn.Module:
     "The untrained network of a profile"
     torch.manual_seed(seed)
     return getattr(conformer, p.network)(p.num_classes, last_block=p.last_block, stop_grad=p.stop_grad)
 
+# %% ../nbs/13b_run.ipynb #ea3aee16
 def classifier_stage(
     p: Profile,                       # settings
     ds: Any,                          # images and labels

@@ -88,7 +88,7 @@ def maps_needed(
 ) -> dict:             # keyword arguments for `model.maps`
     "The least that the method needs from the network"
     if method is cam_map: return dict(reduce="mean", layers=1)  # no attention at all; one block is the least one can ask for
-    if method not in METHODS.values() or options.get("renorm") == "per_layer": return {}
+    if method not in (att_diffu, ad_cam) or options.get("renorm") == "per_layer": return {}
     return dict(reduce="mean", layers=options.get("layers"))
 
 # %% ../nbs/08_seeds.ipynb #b61794bc

@@ -121,7 +121,7 @@ def test_several_scales_keep_all_tokens_of_small_views(run, seeds):
     (["--steps", -1], "-1"),
     (["--direction", "sideways"], "sideways"),
     (["--scales", "1;2"], "separated by commas"),
-    (["--data", "no_such_folder"], "no folder no_such_folder"),
+    (["--data", "no_such_folder"], "no data no_such_folder"),
     (["--split", "trian"], "trian"),
     (["--weights", "none.safetensors"], "none.safetensors"),
     (["--network", "small"], "is a Conformer of size 'mini'"),

@@ -182,18 +182,21 @@ def test_gradients_through_the_mean():
 
 
 MEMORY = """
-import resource, sys, torch
+import pathlib, re, sys, torch
+def peak():  # of this program: ru_maxrss would still hold the peak of the process that started it
+    return int(re.search(r"VmHWM:\\s*(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
 from adcam.conformer import conformer_mini
 torch.set_num_threads(1)
 model = conformer_mini(4, depths=(2, int(sys.argv[1])), channels=(8, 16), embed_dim=24).eval()
 with torch.no_grad():
     model.maps(torch.zeros(1, 3, 64, 64), reduce="mean")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak()
     model.maps(torch.zeros(1, 3, 320, 320), reduce=None if sys.argv[2]=="all" else "mean")
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)/2**10)
+print((peak() - before)/2**10)
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_memory_does_not_grow_with_the_number_of_blocks():
     "1,601 tokens: one matrix in float32 is 10 MB; sixteen more blocks are 160 MB more if all are kept, nothing if they are added up"
     import subprocess, sys

@@ -6,7 +6,7 @@ Conformer-S with random weights (values do not matter for cost), float32, one th
 coco_mini (ADCAM_COCO_MINI): 211 photographs, mostly 640 x 480; scale 0.6 makes their long side 384. A photograph without a VOC class is
 given the first one, so that all of them are extracted. `--limit` takes the first images only; without it all are used.
 
-Everything whose memory is measured runs in a fresh process (`getrusage`, peak resident memory of the whole process, libraries included).
+Everything whose memory is measured runs in a fresh process (VmHWM of /proc, peak resident memory of the whole process, libraries included).
 CAM runs without computing attention (fused kernel in all blocks but one), so the ratio holds everything that AD-CAM adds: the attention
 matrices, their mean, A, S, TOP and the diffusion. The time ratio at 384 is the median over rounds of the ratio of CPU seconds, CAM and
 AD-CAM in turns in one process. Two processes are two launched ranks (RANK, WORLD_SIZE) that share no disk lock and no network; their time is
@@ -15,7 +15,7 @@ that of the slower one, from the first image to the last. It needs two free core
 import argparse
 import json
 import os
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -34,6 +34,11 @@ from adcam.seeds import METHODS, check_seeds, extract_dataset, view_maps
 
 ROOT = Path(__file__).resolve().parents[2]
 MB = 2**20
+
+
+def peak_kib():
+    "Peak resident memory of this program; ru_maxrss would hold that of the program that started it"
+    return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 class Labeled:
@@ -187,6 +192,6 @@ def main():
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
         result = KINDS[sys.argv[2]](*sys.argv[3:])
-        print(json.dumps(dict(result, peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (MB if sys.platform == "darwin" else 1024))))
+        print(json.dumps(dict(result, peak_mb=peak_kib() / 1024)))
     else:
         main()
