@@ -215,11 +215,11 @@ class _Log:
     "Rows of a run; each is printed as it comes"
     def __init__(self): self.rows = []
 
-    def stage(self, name: str, images: int, work: Callable) -> Any:
-        "work() -> (value, words); one row"
+    def stage(self, name: str, images: int | None, work: Callable) -> Any:
+        "work() -> (value, words); one row. The first stage finds out how many images there are"
         start = time.perf_counter()
         value, words = work()
-        seconds = time.perf_counter() - start
+        seconds, images = time.perf_counter() - start, len(value.train) if images is None else images
         self.rows.append(dict(stage=name, images=images, seconds=round(seconds, 1), note=words))
         print(f"{name:13} {images:6} images {seconds:8.1f} s   {words}")
         return value
@@ -253,7 +253,7 @@ def run(
     "The paper's pipeline from image labels to pseudo masks. Repeat the same call to continue."
     if launched()[1] > 1: raise ValueError("a whole run is one process; start it without a launcher, or launch its stages one by one (adcam train, adcam seeds)")
     p, out, log, start = profile, Path(out), _Log(), time.perf_counter()
-    d = log.stage("data", 0, lambda: ((x := run_data(p, data, limit, workers)), f"{len(x.train)} to work on, {len(x.measured)} to measure, {len(x.skipped)} unreadable, {len(x.unlabeled)} without a class"))
+    d = log.stage("data", None, lambda: ((x := run_data(p, data, limit, workers)), f"{len(x.train)} to work on, {len(x.measured)} to measure, {len(x.skipped)} unreadable, {len(x.unlabeled)} without a class"))
     ds, n, shown = d.train, len(d.train), Subset(d.train, _indices(d.train, d.measured))
     net = log.stage("classifier", n, lambda: classifier_stage(p, ds, out, weights, trained, seed, workers, progress))
     log.stage("seeds", n, lambda: seed_stage(p, net, ds, out, processes, progress))

@@ -33,7 +33,6 @@ from adcam.scenes import Scenes
 from adcam.seeds import METHODS, check_seeds, extract_dataset, view_maps
 
 ROOT = Path(__file__).resolve().parents[2]
-MB = 2**20
 
 
 def peak_kib():
@@ -192,6 +191,6 @@ def main():
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
         result = KINDS[sys.argv[2]](*sys.argv[3:])
-        print(json.dumps(dict(result, peak_mb=peak_kib() / 1024)))
+        print(json.dumps(dict(result, peak_mb=peak_kib() * 1024 / 1e6)))
     else:
         main()
