@@ -1,5 +1,5 @@
 """Published weights: every form of an official file, every wrong file, and any size of input, by the fill rule of the golden numbers."""
-import importlib.util, os
+import os
 from functools import cache
 from pathlib import Path
 
@@ -7,17 +7,9 @@ import numpy as np, pytest, torch
 
 from adcam.cam import ad_cam, trans_cam
 from adcam.conformer import FCUDown, FCUUp, conformer_mini, conformer_small, conformer_tiny, load_checkpoint, load_pretrained
+from test_conformer import GOLDEN, rules
 
-GOLDEN = Path(os.environ.get("ADCAM_GOLDEN") or Path(__file__).parent/"golden")
 MM = ((".norm1.", ".ln1."), (".norm2.", ".ln2."), (".mlp.fc1.", ".ffn.layers.0.0."), (".mlp.fc2.", ".ffn.layers.1."))
-
-
-@cache
-def rules():
-    spec = importlib.util.spec_from_file_location("rules_conformer", GOLDEN/"rules_conformer.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @cache
