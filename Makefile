@@ -31,7 +31,7 @@ WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count() or 1, 8))')
 QUIET     := 2> >(grep -v 'over TCP without encryption' >&2)
 PAPERMILL := $(BIN)papermill -k python3 --no-progress-bar --start-timeout 180 --execution-timeout 3600
 
-.PHONY: help install figure4 table3 fig5 fig6 theorem41 table1 photos results checkpoints bench test check readme clean
+.PHONY: help install figure4 table3 fig1 fig5 fig6 theorem41 table1 table2 coco photos results checkpoints bench test check readme clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z][a-z0-9]*:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -71,8 +71,22 @@ fig6: install ## Figure 6: the diffusion step by step
 theorem41: install ## Theorem 4.1 checked on random neighborhoods
 	$(call paper,theorem41)
 
-table1: install ## Table 1: seeds and pseudo masks, twelve boundary networks (most of an hour)
+fig1: install ## Figure 1: heat maps of a CNN, a ViT, TS-CAM and AD-CAM with their FP and FN
+	$(call paper,fig1)
+
+table1: install ## Table 1: nine methods from seeds to segmentation networks (an hour on two cores)
 	$(call paper,table1)
+
+table2: install ## Table 2: what training and extraction of each method cost
+	$(call paper,table2)
+
+# WITH="-p weights FILE -p resnet FILE -p init FILE" names the start weights
+coco: OUT = results/coco
+coco: install ## the whole table on MS COCO 2014: make coco DATA=FOLDER (days, on GPUs)
+	@test -n "$(DATA)" || { echo "COCO is not shipped: make coco DATA=FOLDER (adcam data get coco2014 FOLDER)" >&2; exit 1; }
+	@mkdir -p $(OUT)
+	$(PAPERMILL) nbs/paper/coco.ipynb $(OUT)/coco.ipynb -f configs/coco.yaml -p data coco2014:$(DATA) $(WITH) -p out_dir $(OUT) $(QUIET)
+	@$(PY) tools/show.py $(OUT) coco
 
 # WITH="-p pretrained False -p cnn_weights FILE -p vit_weights FILE" takes weights from files where there is no network
 photos: OUT = results/photos
@@ -82,7 +96,7 @@ photos: install ## AD-CAM from public networks on photographs with masks: make p
 	$(PAPERMILL) nbs/paper/photos.ipynb $(OUT)/photos.ipynb -f configs/photos.yaml -p data $(DATA) $(WITH) -p out_dir $(OUT) $(QUIET)
 	@$(PY) tools/show.py $(OUT) photos
 
-results: figure4 table3 fig5 fig6 theorem41 table1 ## every table and figure
+results: figure4 table3 fig1 fig5 fig6 theorem41 table1 table2 ## every table and figure
 
 checkpoints: install ## train the three seeds anew, with and without stop-gradient (hours on a CPU)
 	$(PY) -m adcam.cli checkpoints

@@ -88,17 +88,17 @@ def patch_attention(
     return _unit_rows(A, own=True) if renorm == "after_mean" else A
 
 # %% ../nbs/05_cam.ipynb #46ff9a52
-def _grid_attention(maps):
-    "`maps.attn`, if it fits the grid of `maps.cam`"
-    (B, _, h, w), attn = maps.cam.shape, maps.attn
+def _grid_attention(maps, name="cam"):
+    "`maps.attn`, if it fits the grid of `maps.cam` (or of the other maps named)"
+    (B, _, h, w), attn = getattr(maps, name).shape, maps.attn
     if attn.ndim == 4 and (attn.shape[0] != B or attn.shape[-1] != 1 + h*w):
-        raise ValueError(f"maps.attn is {tuple(attn.shape)}, maps.cam {tuple(maps.cam.shape)}: {attn.shape[-1] - 1} patch tokens on a grid of h*w = {h}*{w} = {h*w}; "
+        raise ValueError(f"maps.attn is {tuple(attn.shape)}, maps.{name} {tuple(getattr(maps, name).shape)}: {attn.shape[-1] - 1} patch tokens on a grid of h*w = {h}*{w} = {h*w}; "
                          "resize the class maps to the token grid, or build the network with a last_block that keeps the stride")
     return attn
 
 # %% ../nbs/05_cam.ipynb #0438b504
 def crop_maps(
-    maps,           # .cam (B,K,H,W) and .attn (B,L,1+N,1+N), a named tuple or any object with these attributes
+    maps,           # .cam (B,K,H,W) and .attn (B,L,1+N,1+N), perhaps .semantic (B,K,H,W); a named tuple or any object with these attributes
     size,           # (h, w): rows and columns of the token grid that are kept
     start=(0, 0),   # first row and column kept; (0, W - w) for a mirrored view, whose padding is on the left
 ):                  # the same kind of object, cam (B,K,h,w) and attn (B,L,1+h*w,1+h*w); all else (the logits) unchanged
@@ -112,6 +112,7 @@ def crop_maps(
     grid = torch.arange(1, 1 + H*W, device=attn.device).view(H, W)[y:y + h, x:x + w]    # (h,w) places in attn
     keep = torch.cat([grid.new_zeros(1), grid.flatten()])                              # (1+h*w,) class token first
     cut = dict(cam=cam, attn=attn[..., keep, :][..., keep])                            # (B,L,1+h*w,1+h*w)
+    if getattr(maps, "semantic", None) is not None: cut["semantic"] = maps.semantic[..., y:y + h, x:x + w]  # (B,K,h,w)
     return maps._replace(**cut) if hasattr(maps, "_replace") else type(maps)(**{**vars(maps), **cut})
 
 # %% ../nbs/05_cam.ipynb #f2e45249
@@ -205,11 +206,11 @@ def diffuse(
     return m.view(M.shape)
 
 # %% ../nbs/05_cam.ipynb #f8f330c7
-def _cam(maps, classes, relu=True, prenorm="none"):
+def _cam(maps, classes, relu=True, prenorm="none", name="cam"):
     "M at t=0 (Eq. 2), (B,n,h,w) of the wanted classes"
     _choice("prenorm", prenorm, ("none", "max"))
-    cam = _full(maps.cam)                                                # (B,K,h,w)
-    if cam.ndim != 4: raise ValueError(f"maps.cam has shape {tuple(cam.shape)}: expected (B, K, h, w)")
+    cam = _full(getattr(maps, name))                                     # (B,K,h,w)
+    if cam.ndim != 4: raise ValueError(f"maps.{name} has shape {tuple(cam.shape)}: expected (B, K, h, w)")
     if classes is not None:
         index, K = [operator.index(c) for c in classes], cam.shape[1]
         if not index: raise ValueError("classes is empty: an image without a positive class has no seed; leave it out, or pass classes=None for all")
@@ -230,17 +231,29 @@ def cam_map(
     "CAM after the ReLU, without (or with) the division by its maximum (Eq. 2)"
     return _cam(maps, classes, prenorm=prenorm)
 
+# %% ../nbs/05_cam.ipynb #74c87256
+def _class_maps_of(maps, head):
+    "Where the class maps of a TS-CAM head are: `cam` or `semantic`"
+    _choice("head", head, ("token", "patch"))
+    if head == "token": return "cam"
+    if getattr(maps, "semantic", None) is not None: return "semantic"
+    raise ValueError("head='patch', but these maps have none: the network's transformer has no patch head; build a Conformer with trans_head='patch' and train that head, or pass head='token'")
+
 def ts_cam(
-    maps,             # .cam (B,K,h,w) and .attn (B,L,1+N,1+N)
+    maps,             # .attn (B,L,1+N,1+N) and .cam (B,K,h,w), with head="patch" .semantic (B,K,h,w)
     layers=None,      # blocks, as in patch_attention
     classes=None,     # class indices wanted; None: all K
-    prenorm="none",   # "max": divide the CAM by its maximum first
-):                    # (B,n,h,w), non-negative
-    "TS-CAM on a two-branch network: attention of the class token, summed over blocks, times CAM (spec C.1 b)"
-    cam = _cam(maps, classes, prenorm=prenorm)                           # (B,n,h,w)
-    attn = _blocks(_check_attention(_grid_attention(maps)), layers)      # (B,L,1+N,1+N)
+    prenorm="none",   # "max": divide the class maps by their maximum first
+    head="token",     # "token": class maps of the CNN branch; "patch": those of TS-CAM's patch head
+    relu=True,        # False: signed maps, as TS-CAM's own code leaves them
+):                    # (B,n,h,w), non-negative unless relu=False
+    "TS-CAM: attention of the class token, summed over blocks, times class maps (spec C.1; head \"token\" is its reading b, \"patch\" its reading a)"
+    name = _class_maps_of(maps, head)
+    cam = _cam(maps, classes, relu, prenorm, name)                       # (B,n,h,w)
+    attn = _blocks(_check_attention(_grid_attention(maps, name)), layers)  # (B,L,1+N,1+N)
     row = _wide(attn[:, :, 0, 1:]).sum(1)                                # (B,N)
-    return _out(row.view(-1, 1, *cam.shape[-2:]) * cam, maps)            # (B,n,h,w)
+    M = row.view(-1, 1, *cam.shape[-2:]) * cam                           # (B,n,h,w)
+    return _out(M, maps) if relu else M.to(cam.dtype)
 
 # %% ../nbs/05_cam.ipynb #cd767da2
 def trans_cam(

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'HEADS', 'bce_loss', 'MultiLabel', 'random_mask', 'square_colors', 'SingleLabel', 'TrainConfig',
-           'PretrainConfig', 'learning_rate', 'EpochBatches', 'fit', 'train', 'pretrain', 'freeze_backbone', 'Features',
-           'cached_features', 'HeadsConfig', 'train_heads', 'save_weights']
+           'PretrainConfig', 'learning_rate', 'EpochBatches', 'PolySGD', 'fit', 'train', 'pretrain', 'freeze_backbone',
+           'Features', 'cached_features', 'HeadsConfig', 'train_heads', 'save_weights']
 
 # %% ../nbs/04_classifier.ipynb #d91be0e5
 import hashlib, io, json, math, warnings, zipfile
 import numpy as np, torch, torch.distributed as dist, torch.nn.functional as F
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -50,7 +50,9 @@ class MultiLabel(nn.Module):
                 x:Tensor, # (B,3,H,W) views
                 y:Tensor # (B,K) labels
                ) -> dict[str,Tensor]: # scalar losses; `loss` is the one that is minimized
-        conv, trans = (bce_loss(z, y) for z in self.model(x))
+        logits = self.model(x)
+        if isinstance(logits, Tensor): raise ValueError(f"{type(self.model).__name__} gives one logit per class, not two: train it with adcam.cnn.train_cam")
+        conv, trans = (bce_loss(z, y) for z in logits)                     # scalars
         return dict(loss=conv + trans, conv=conv, trans=trans)
 
 # %% ../nbs/04_classifier.ipynb #7c1c4a21
@@ -178,7 +180,7 @@ def _check_config(c):
     def need(ok, name, rule):
         if not ok: raise ValueError(f"{name} is {getattr(c, name)!r}; it must be {rule}")
     for name in ("epochs", "batch"): need(getattr(c, name)>=1, name, "at least 1")
-    for name in ("lr_vit", "lr_cnn"): need(getattr(c, name)>0, name, "above 0")
+    for f in fields(c): need(not f.name.startswith("lr_") or getattr(c, f.name)>0, f.name, "above 0")
     for name in ("weight_decay", "warmup", "workers", "seed"): need(getattr(c, name)>=0, name, "at least 0")
     for name in ("schedule_vit", "schedule_cnn"): need(getattr(c, name) in SCHEDULES, name, f"one of {', '.join(SCHEDULES)}")
     need(c.mixed_precision in ("no", "bf16", "fp16"), "mixed_precision", "'no', 'bf16' or 'fp16'")
@@ -223,11 +225,43 @@ def _set_rates(optimizer, step, total, c):
     for group, lr in zip(optimizer.param_groups, rates): group["lr"] = lr
     return dict(zip(("lr_vit", "lr_cnn"), rates))
 
+# %% ../nbs/04_classifier.ipynb #ca833d60
+class PolySGD(torch.optim.SGD):
+    "SGD with polynomial decay as official IRN runs it (spec baselines 0.1); its schedule is part of its state"
+    def __init__(self,
+                 groups: list[dict],           # dict(params=..., lr=..., name=...) each; the name is for the log
+                 total: int,                   # T, steps until the rate would be 0
+                 weight_decay: float = 1e-4,   # of all groups
+                 power: float = .9,            # of the decay
+                 momentum: float|None = None   # None: the weight decay, as in the official code; 0.9 is what it seems to say
+                ):
+        super().__init__(groups, lr=0., momentum=weight_decay if momentum is None else momentum, weight_decay=weight_decay)
+        for g in self.param_groups: g |= dict(start=g["lr"], done=0, total=total, power=power)
+
+    def step(self, closure: Callable|None = None):
+        "Set this step's rate, then step"
+        for g in self.param_groups:
+            if g["done"] < g["total"]: g["lr"] = learning_rate(g["done"], g["total"], g["start"], "poly", g["power"])
+            g["done"] += 1
+        return super().step(closure)
+
+# %% ../nbs/04_classifier.ipynb #de346f5e
+def _own_optimizer(task, c, total):
+    "The optimizer that a task brings, or None"
+    own = task.optimizer(c, total) if hasattr(task, "optimizer") else None
+    if own is not None and not any(p.requires_grad for g in own.param_groups for p in g["params"]):
+        raise ValueError(f"the optimizer of {type(task).__name__} has no parameter that can learn; set requires_grad of those that shall")
+    return own
+
+def _rates(optimizer):
+    "Learning rates of an optimizer with a schedule of its own"
+    return {f"lr_{g.get('name', i)}": g["lr"] for i, g in enumerate(optimizer.param_groups)}
+
 # %% ../nbs/04_classifier.ipynb #d30de504
 def _check_network(model, ds):
     "The contract of a trainable network, in words"
     lacks = [a for a in ("param_groups", "num_classes") if not hasattr(model, a)]
-    if lacks: raise ValueError(f"{type(model).__name__} has no {' and no '.join(lacks)}; adcam.classifier trains networks with forward(x) -> two logits, num_classes, and param_groups() -> names under 'vit' and 'cnn'")
+    if lacks: raise ValueError(f"{type(model).__name__} has no {' and no '.join(lacks)}; a network that adcam.classifier can train has both: num_classes, and param_groups() -> names under 'vit' and 'cnn'")
     if len(ds.classes)!=model.num_classes: raise ValueError(f"the data set has {len(ds.classes)} classes, the network {model.num_classes}; build it with num_classes={len(ds.classes)}")
     groups, names = model.param_groups(), {n for n, _ in model.named_parameters()}
     listed = [n for g in ("vit", "cnn") for n in groups[g]]
@@ -294,7 +328,7 @@ def _gradients(acc, task, x, y, parts):
     return total
 
 # %% ../nbs/04_classifier.ipynb #589c0559
-def _step(acc, task, optimizer, x, y, c, parts=1):
+def _step(acc, task, optimizer, x, y, c, parts=1, own=False):
     "One optimizer step; returns the losses averaged over the processes"
     x = x.to(acc.device, non_blocking=True, memory_format=torch.channels_last)
     optimizer.zero_grad()
@@ -302,18 +336,19 @@ def _step(acc, task, optimizer, x, y, c, parts=1):
     if c.clip_norm is not None: acc.clip_grad_norm_(task.parameters(), c.clip_norm)
     values = acc.reduce(torch.stack(list(losses.values())), "mean").tolist()
     if not all(map(math.isfinite, values)):
-        raise FloatingPointError(f"the loss became {dict(zip(losses, values))}; lower the learning rates (lr_vit {c.lr_vit}, lr_cnn {c.lr_cnn}), use clip_norm=1, or check the images for NaN")
+        rates = ", ".join(f"{k} {v:.3g}" for k, v in (_rates(optimizer) if own else dict(lr_vit=c.lr_vit, lr_cnn=c.lr_cnn)).items())
+        raise FloatingPointError(f"the loss became {dict(zip(losses, values))}; lower the learning rates ({rates}), use clip_norm=1, or check the images for NaN")
     optimizer.step()
     return dict(zip(losses, values))
 
 # %% ../nbs/04_classifier.ipynb #6aeebbba
-def _epoch(acc, task, optimizer, loader, run, c, bar, parts=1):
-    "One pass over the data; appends a row per step to run['history']"
+def _epoch(acc, task, optimizer, loader, run, c, bar, parts=1, own=False):
+    "One pass over the data; appends a row per step to run['history']. `own`: the optimizer has its own schedule"
     total, step = c.epochs*len(loader), run["epoch"]*len(loader)
     for x, y in loader:
-        rates = _set_rates(optimizer, step, total, c)
-        losses = _step(acc, task, optimizer, x, y, c, parts)
-        step += 1
+        rates = {} if own else _set_rates(optimizer, step, total, c)
+        losses = _step(acc, task, optimizer, x, y, c, parts, own)
+        rates, step = rates or _rates(optimizer), step + 1
         run["history"].append(dict(step=step, epoch=run["epoch"], **losses, **rates))
         bar.update()
         bar.set_postfix(loss=f"{losses['loss']:.3f}")
@@ -399,7 +434,7 @@ def _loader(acc, ds, c):
     return views, order, loader
 
 # %% ../nbs/04_classifier.ipynb #8a536d85
-def fit(task:nn.Module, # MultiLabel, SingleLabel or another module with `model` and `forward(x, y) -> dict of losses`
+def fit(task:nn.Module, # MultiLabel, SingleLabel or another module with `model`, `forward(x, y) -> dict of losses`, and maybe `optimizer(config, total)`
         ds, # data set with `ds[i] -> Sample`
         config:TrainConfig, # settings
         out:str|Path|None=None, # folder for last.pt, log.jsonl and settings.json; None writes nothing
@@ -420,7 +455,8 @@ def fit(task:nn.Module, # MultiLabel, SingleLabel or another module with `model`
     model.to(memory_format=torch.channels_last)  # a fifth faster on CPU, and what tensor cores want
     run = dict(epoch=0, history=[], settings=_settings(task, ds, c, acc.num_processes, accumulate))
     _warn_small_bn(task, acc, c)
-    task, optimizer = acc.prepare(task, _optimizer(task, c))
+    own = _own_optimizer(task, c, c.epochs*len(loader))
+    task, optimizer = acc.prepare(task, own or _optimizer(task, c))
     if resume and last and last.exists(): run = _load_state(acc, last, task, optimizer, run)
     with (_whole_batch(task, acc, c.sync_bn),
           tqdm(total=c.epochs*len(loader), initial=run["epoch"]*len(loader), disable=not (progress and acc.is_main_process)) as bar):
@@ -428,7 +464,7 @@ def fit(task:nn.Module, # MultiLabel, SingleLabel or another module with `model`
             views.set_epoch(epoch); order.epoch = epoch
             _seed_epoch(c.seed, epoch)
             _train_mode(task, c.freeze_bn)
-            _epoch(acc, task, optimizer, loader, run, c, bar, accumulate)
+            _epoch(acc, task, optimizer, loader, run, c, bar, accumulate, own is not None)
             run["epoch"] = epoch+1
             if last: _save_state(acc, last.parent, task, optimizer, run)
             if callback and acc.is_main_process: callback(model.eval(), epoch+1, run["history"])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STOP_GRAD', 'VARIANTS', 'ConvBlock', 'Attention', 'Mlp', 'TransBlock', 'FCUDown', 'FCUUp', 'ConvTransBlock',
-           'Variant', 'Maps', 'Step', 'block_indices', 'AttentionStore', 'Conformer', 'conformer_tiny',
+           'Variant', 'Maps', 'Step', 'PatchHead', 'block_indices', 'AttentionStore', 'Conformer', 'conformer_tiny',
            'conformer_small', 'conformer_base', 'conformer_mini', 'load_checkpoint', 'load_pretrained']
 
 # %% ../nbs/03_conformer.ipynb #01d5f039
@@ -231,6 +231,7 @@ class Maps(NamedTuple):
     attn: Tensor # (B,L,1+N,1+N) head mean of every block's attention, class token first; (B,1,1+N,1+N) if reduced to their mean
     conv_logits: Tensor # (B,K) logits of the CNN branch
     trans_logits: Tensor # (B,K) logits of the transformer branch
+    semantic: Tensor|None = None # (B,K,h,w) class maps of the patch tokens, signed; None without a patch head (see below)
 
 # %% ../nbs/03_conformer.ipynb #34cf3246
 class Step(NamedTuple):
@@ -276,6 +277,24 @@ class _Branches(nn.Module):
             x, t, a = getattr(self, f"conv_trans_{i}")(x, t, i-1 in wanted)
             yield Step(x, t, a)
 
+# %% ../nbs/03_conformer.ipynb #280a2481
+class PatchHead(nn.Conv2d):
+    "TS-CAM's head: class maps by a 3x3 convolution over the patch tokens, logits are their means (spec C.1)"
+    def __init__(self,
+                 dim:int, # D, width of a token
+                 num_classes:int # K
+                ):
+        super().__init__(dim, num_classes, 3, padding=1)
+
+    def maps(self, grid:Tensor) -> Tensor: # patch tokens as an image (B,D,h,w) -> semantic maps (B,K,h,w)
+        return super().forward(grid)
+
+    def windows(self, grid:Tensor) -> Tensor: # (B,D,h,w) -> mean of the 3x3 windows around every token (B,9D), zeros beyond the border
+        return F.unfold(grid, 3, padding=1).mean(-1)
+
+    def forward(self, windows:Tensor) -> Tensor: # (B,9D) -> logits (B,K)
+        return F.linear(windows, self.weight.flatten(1), self.bias)
+
 # %% ../nbs/03_conformer.ipynb #9da42f7a
 def block_indices(layers:int|list[int]|str|None, # None or "all", n for the last n blocks, or indices from 0 (negative ones count from the end)
                   depth:int # L, the blocks of the network
@@ -312,18 +331,34 @@ class AttentionStore:
         return (self.total/len(self.index))[:, None] if self.mean else torch.stack([self.blocks[i] for i in self.index], 1)
 
 # %% ../nbs/03_conformer.ipynb #03999bcb
-class _Readout(_Branches):
+class _TransHead(_Branches):
+    "What the transformer's head reads"
+    def _image(self, tokens, x):
+        "Patch tokens of the images x, (B,1+N,D), as an image (B,D,h,w)"
+        h, w = (-(-n//self.variant.stem_stride)//self.variant.patch for n in x.shape[2:])
+        return tokens[:, 1:].transpose(1, 2).unflatten(2, (h, w))
+
+    def _read(self, tokens, x):
+        "Tokens (B,1+N,D), of which the head takes the first, or the windows of a patch head (B,1,9D)"
+        return tokens if self.trans_head=="token" else self.trans_cls_head.windows(self._image(tokens, x))[:, None]
+
+    def _semantic(self, tokens, x):
+        "Semantic maps (B,K,h,w), or None without a patch head"
+        return None if self.trans_head=="token" else self.trans_cls_head.maps(self._image(tokens, x))
+
+# %% ../nbs/03_conformer.ipynb #95b06301
+class _Readout(_TransHead):
     "What comes out at the end of the walk"
     def features(self,
                  x:Tensor # (B,3,H,W) normalized images
-                ) -> tuple[Tensor,Tensor]: # conv map (B,C,h,w) and tokens after trans_norm (B,1+N,D)
+                ) -> tuple[Tensor,Tensor]: # conv map (B,C,h,w) and tokens after trans_norm (B,1+N,D); with a patch head its windows (B,1,9D)
         "What the heads see: the final conv map and the normalized tokens"
         for step in self.walk(x): pass
-        return step.conv, self.trans_norm(step.tokens)
+        return step.conv, self._read(self.trans_norm(step.tokens), x)
 
     def heads(self,
               conv:Tensor, # (B,C,h,w) final conv map
-              tokens:Tensor # (B,1+N,D) normalized tokens
+              tokens:Tensor # as from `features`; the first is read
              ) -> tuple[Tensor,Tensor]: # conv_logits (B,K) and trans_logits (B,K)
         "Eq. 4 and Eq. 5"
         return self.conv_cls_head(conv.mean((2, 3))), self.trans_cls_head(tokens[:, 0])
@@ -344,7 +379,8 @@ class _Readout(_Branches):
         store = AttentionStore(reduce, layers, self.depth)
         for i, step in enumerate(self.walk(x, set(store.index))): store.add(i, step.attn)
         cam = F.conv2d(step.conv, self.conv_cls_head.weight[:, :, None, None])   # (B,K,h,w)
-        return Maps(cam, store.result(), *self.heads(step.conv, self.trans_norm(step.tokens)))
+        tokens = self.trans_norm(step.tokens)                                    # (B,1+N,D)
+        return Maps(cam, store.result(), *self.heads(step.conv, self._read(tokens, x)), self._semantic(tokens, x))
 
 # %% ../nbs/03_conformer.ipynb #16bc3c4e
 class _Switches(_Readout):
@@ -377,7 +413,7 @@ class _Switches(_Readout):
 # %% ../nbs/03_conformer.ipynb #33c23a94
 def _init_weights(m):
     "Start values for training from scratch (spec A.8)"
-    if isinstance(m, nn.Linear):
+    if isinstance(m, (nn.Linear, PatchHead)):
         nn.init.trunc_normal_(m.weight, std=.02)
         if m.bias is not None: nn.init.zeros_(m.bias)
     elif isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
@@ -385,12 +421,13 @@ def _init_weights(m):
 # %% ../nbs/03_conformer.ipynb #c7e3167b
 class _Parts(_Switches):
     "Construction"
-    def _build(self, v, plan, num_classes, conv_head_bias):
+    def _build(self, v, plan, num_classes, conv_head_bias, trans_head):
         "Create the parts in the order of the official state_dict"
         D, width = v.embed_dim, plan[-1][2] if plan else v.channels[0]
         self.depth = 1 + len(plan)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
-        self.trans_norm, self.trans_cls_head = nn.LayerNorm(D), nn.Linear(D, num_classes)  # this norm alone has eps 1e-5
+        self.trans_norm = nn.LayerNorm(D)  # this norm alone has eps 1e-5
+        self.trans_cls_head = (PatchHead if trans_head=="patch" else nn.Linear)(D, num_classes)
         self.conv_cls_head = nn.Linear(width, num_classes, bias=conv_head_bias)
         self.conv1, self.bn1 = nn.Conv2d(3, v.stem_width, 7, 2, 3, bias=False), nn.BatchNorm2d(v.stem_width)  # eps 1e-5
         self.conv_1 = ConvBlock(v.stem_width, v.channels[0], project=True)
@@ -411,16 +448,17 @@ class Conformer(_Parts):
                  stop_grad:str="input", # where the gradient between the branches is cut: a key of STOP_GRAD
                  stem_grad:str="both", # which losses train the shared stem: "both" or "cnn_only"
                  conv_head_bias:bool=False, # the official ImageNet head has a bias, CAM heads have none
+                 trans_head:str="token", # what the transformer's head reads: the class token, or the patch tokens as in TS-CAM ("patch")
                  drop_path:float=0., # drop-path rate of the last block; earlier blocks get proportionally less
                  checkpoint:str|Path|None=None # file for `load_checkpoint`
                 ):
         super().__init__()
         _check_variant(variant)
-        for name, value, known in (("last_block", last_block, ("drop", "stride1", "keep")), ("stem_grad", stem_grad, ("both", "cnn_only"))):
+        for name, value, known in (("last_block", last_block, ("drop", "stride1", "keep")), ("stem_grad", stem_grad, ("both", "cnn_only")), ("trans_head", trans_head, ("token", "patch"))):
             if value not in known: raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
         self.variant, self.num_classes, self.last_block = variant, num_classes, last_block
-        self.stem_grad, self.stride = stem_grad, variant.stem_stride*variant.patch
-        self._build(variant, _block_plan(variant, last_block), num_classes, conv_head_bias)
+        self.stem_grad, self.trans_head, self.stride = stem_grad, trans_head, variant.stem_stride*variant.patch
+        self._build(variant, _block_plan(variant, last_block), num_classes, conv_head_bias, trans_head)
         self.apply(_init_weights)
         nn.init.trunc_normal_(self.cls_token, std=.02)
         self.set_stop_grad(stop_grad)
@@ -538,7 +576,7 @@ def _foreign(model, state):
     found = next((what for name, what in _FOREIGN if name in bare), None)
     if found: return f"the file is {found}. A Conformer needs a Conformer file: `adcam weights` lists them"
     if getattr(state.get("conv_cls_head.weight"), "ndim", 2)==4:
-        return "the file's conv head is a convolution, as in TransCAM and TS-CAM; use load_pretrained to load all but the heads (last_block='stride1' for TransCAM's)"
+        return "the file's conv head is a convolution, as in TransCAM; use load_pretrained to load all but the heads (last_block='stride1' for TransCAM's)"
 
 # %% ../nbs/03_conformer.ipynb #edaf5abb
 def _cause(model, state, diff):
@@ -552,6 +590,9 @@ def _cause(model, state, diff):
         file, ours = (shape[2]*v.stem_stride for shape in diff.shapes["trans_patch_conv.weight"])
         return f"the file's patches are {file} pixels wide, the model's {ours}: take the patch-{ours} file (a p32 file does not fit a p16 model); `adcam weights` lists them"
     if all(map(_is_head, [*diff.missing, *diff.unexpected, *diff.shapes])):
+        shapes = diff.shapes.get("trans_cls_head.weight", ((), ()))
+        if len(shapes[0])!=len(shapes[1]):
+            return f"one side has TS-CAM's patch head: build the model with trans_head={'patch' if len(shapes[0])==4 else 'token'!r}, or use load_pretrained to load all but that head"
         if diff.shapes: return f"only the heads differ: the file knows {next(iter(diff.shapes.values()))[0][0]} classes, the model {model.num_classes}; use load_pretrained to load all but the heads"
         if "conv_cls_head.bias" in diff.unexpected+diff.missing: return "the conv head has a bias on one side only: build the model with the other conv_head_bias, or use load_pretrained"
     if diff.missing and all(k.startswith(f"conv_trans_{model.depth}.") for k in diff.missing): return "the file lacks the last block; build the model with last_block='drop'"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SETTINGS', 'MAX_SIDE', 'CONVERT_OFFICIAL', 'PathIndex', 'path_index', 'affinity', 'affinity_matrix',
            'chebyshev_coefficients', 'random_walk', 'mask_edges', 'ResNet50Stages', 'TimmStages', 'ConformerStages',
-           'IRNet', 'pair_labels', 'irn_loss', 'ir_label', 'PolySGD', 'IRViews', 'save_mask', 'IRNetConfig',
+           'ResNetStages', 'IRNet', 'pair_labels', 'irn_loss', 'ir_label', 'IRViews', 'save_mask', 'IRNetConfig',
            'train_irnet', 'set_mean_shift', 'load_irnet', 'edge_displacement', 'edge_map', 'upsample_walk',
            'walk_label', 'pseudo_mask', 'smooth_mask', 'make_ir_labels', 'make_pseudo_masks', 'write_official',
            'import_official']
@@ -29,7 +29,7 @@ from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
-from .classifier import EpochBatches, learning_rate, save_weights
+from .classifier import EpochBatches, PolySGD, save_weights
 from .crf import IRN as CRF_OF_IRN, dense_crf, unary_from_labels
 from .data import to_tensor
 from .scenes import atomic_write
@@ -322,6 +322,24 @@ class ConformerStages(nn.Module):
         s, (H, W) = self.net.stride, x.shape[2:]
         return self._maps(F.pad(x, (0, -W % s, 0, -H % s)))
 
+# %% ../nbs/11_irnet.ipynb #ce540bac
+class ResNetStages(nn.Module):
+    "Five maps of a timm ResNet: stem and four layers; maps finer than stride 4 are max-pooled down to it"
+    def __init__(self,
+                 net: nn.Module  # such as `resnet_mini().backbone_net`
+                ):
+        super().__init__()
+        self.net, self.pools = net, [0]*5
+        with torch.no_grad(): sizes = [m.shape for m in self.forward(torch.zeros(1, 3, 64, 64))]
+        self.pools = [s[2]//16 for s in sizes]  # 64 pixels are 16 cells at stride 4
+        self.channels, self.strides = tuple(s[1] for s in sizes), tuple(max(4, 64//s[2]) for s in sizes)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        net, out = self.net, []
+        x = net.maxpool(net.act1(net.bn1(net.conv1(x))))                      # (B,C,h,w)
+        for layer in (nn.Identity(), net.layer1, net.layer2, net.layer3, net.layer4): x = layer(x); out.append(x)
+        return [F.max_pool2d(m, 3, 2, 1) if n == 2 else m for m, n in zip(out, self.pools)]
+
 # %% ../nbs/11_irnet.ipynb #b91d52ad
 def _branch(cin, cout, up=1):
     "1x1 convolution, GroupNorm, upsampling by `up`, ReLU"
@@ -506,26 +524,6 @@ def ir_label(
     if not cam.max() > 0: warnings.warn(f"{name} is zero everywhere: its label is all background")
     sure, maybe = _crf(np.stack([_compete(cam, t) for t in (fg, bg)]), len(cam) + 1, image, crf)  # (H,W) each
     return np.where((sure == 0) & (maybe > 0), 255, _named(sure, keys)).astype(np.uint8)
-
-# %% ../nbs/11_irnet.ipynb #64be63a7
-class PolySGD(torch.optim.SGD):
-    "SGD with polynomial decay as official IRN runs it (spec baselines 0.1)"
-    def __init__(self,
-                 groups: list[dict],           # dict(params=..., lr=...) each
-                 total: int,                   # T, steps until the rate would be 0
-                 weight_decay: float = 1e-4,   # of all groups
-                 power: float = .9,            # of the decay
-                 momentum: float|None = None   # None: the weight decay, as in the official code; 0.9 is what it seems to say
-                ):
-        super().__init__(groups, lr=0., momentum=weight_decay if momentum is None else momentum, weight_decay=weight_decay)
-        for g in self.param_groups: g |= dict(start=g["lr"], done=0, total=total, power=power)
-
-    def step(self, closure: Callable|None = None):
-        "Set this step's rate, then step"
-        for g in self.param_groups:
-            if g["done"] < g["total"]: g["lr"] = learning_rate(g["done"], g["total"], g["start"], "poly", g["power"])
-            g["done"] += 1
-        return super().step(closure)
 
 # %% ../nbs/11_irnet.ipynb #8ca3b0b9
 def _window(rng, n, crop):

@@ -28,7 +28,7 @@ from .cam import ad_cam, ad_cam_grid, attention_received, co_neighbor, normalize
 from .conformer import Maps, conformer_mini, conformer_small
 from .evaluation import Sweep, side_by_side
 from .scenes import atomic_write
-from .seeds import _follow_parent, _view, positive_classes, resolve
+from .seeds import METHODS, _follow_parent, positive_classes, resolve, view
 
 # %% ../nbs/13_pipeline.ipynb #e2a04a7a
 def project_root() -> Path:
@@ -130,7 +130,7 @@ profiles: dict[str, Profile] = {p.name: p for p in (
             seg_iterations=100_000, seg_lr=2e-4, seg_batch=20),
     Profile("mini", dataset="scenes", num_classes=10, train_split="train", seed_split="train", choose_split="val", test_split="test",
             network="conformer_mini", crop=112, resize=(112, 208), scales=(1.0,), flip=False,
-            irn_crop=160, irn_scale=(0.75, 1.25), irn_batch=16, irn_epochs=12, irn_lr_edge=1.0, irn_radius=5, irn_displacement=False, walk_exp_times=6),
+            irn_crop=160, irn_scale=(0.75, 1.25), irn_batch=16, irn_epochs=12, irn_lr_edge=2.0, irn_radius=5, irn_displacement=False, walk_exp_times=6),
 )}
 
 # %% ../nbs/13_pipeline.ipynb #58b82083
@@ -324,6 +324,7 @@ class Stage(NamedTuple):
     value: dict      # arrays by name
     status: str      # "computed" or "cached"
     seconds: float   # of this call
+    key: str = ""    # name and hash of what decided it, for the inputs of a later stage
 
 # %% ../nbs/13_pipeline.ipynb #9d54a174
 def cache_dir() -> Path:
@@ -365,7 +366,7 @@ def stage(
         _write(path, buffer.getvalue())
     seconds = time.perf_counter() - start
     print(f"{name}: {status} ({seconds:.1f} s)")
-    return Stage(value, status, seconds)
+    return Stage(value, status, seconds, path.stem)
 
 # %% ../nbs/13_pipeline.ipynb #f60f634d
 def _declared(namespace: dict) -> dict:
@@ -444,6 +445,8 @@ def point_maps(
     classes: list[int],    # n classes of the image's label
 ) -> list[Tensor]:         # one (n,h,w) per point, in order
     "The maps of every point from one forward pass"
+    image_only = [p.method for p in points if p.method in METHODS and not callable(METHODS[p.method])]
+    if image_only: raise ValueError(f"{image_only[0]} needs the network itself, not only its maps; use adcam.seeds.extract")
     grid = [p for p in points if p.method == "ad_cam"]
     values = lambda name: sorted({getattr(p, name) for p in grid})
     shared = ad_cam_grid(maps, values("k"), values("steps"), values("direction"), classes=classes) if grid else {}
@@ -478,7 +481,7 @@ def _count(networks: list, sample: Any, points: list[Point], sweeps: list[list[S
     size = sample.image.shape[:2]
     for net, counters in zip(networks, sweeps):
         keys = positive_classes(sample.label, net.num_classes, f"image {sample.id}")
-        x = _view(sample.image, fit_scale(size, long_side), net.stride, "round")           # (1,3,h·s,w·s)
+        x = view(sample.image, fit_scale(size, long_side), net.stride, "round")           # (1,3,h·s,w·s)
         for m, sweep in zip(point_maps(net.maps(x), points, keys.tolist()), counters):     # (n,h,w)
             sweep.update(upsample(m[None], size)[0].numpy(), keys.numpy(), sample.mask)
 
@@ -640,7 +643,7 @@ def attention_quality(
     "Same-object AUC and attention received by objects, mean over the images of a data set"
     found: dict = {}
     for sample in (ds[i] for i in range(len(ds))):
-        maps = network.maps(_view(sample.image, 1., network.stride, "round"))
+        maps = network.maps(view(sample.image, 1., network.stride, "round"))
         gt = torch.from_numpy(patch_labels(sample.mask, maps.cam.shape[-2:]).astype(np.int64))[None]  # (1,h,w)
         A = patch_attention(maps.attn)                                                                # (1,N,N)
         blocks = {str(i + 1): patch_attention(maps.attn, [i]) for i in range(maps.attn.shape[1])}
@@ -718,7 +721,7 @@ def bench(
         def run(points):
             for s in samples: _count([net], s, points, _sweeps(net.num_classes, profiles["mini"].thresholds, 1, len(points)))
         one, full = _best_time(lambda: run([Point("ad_cam", 50, 2, "push")]), repeats), _best_time(lambda: run(grid), repeats)
-        forward = _best_time(lambda: [net.maps(_view(s.image, 1., net.stride, "round")) for s in samples], repeats)
+        forward = _best_time(lambda: [net.maps(view(s.image, 1., net.stride, "round")) for s in samples], repeats)
         add(f"grid of {len(grid)} (k,T) over one (k,T), forward pass and evaluation in both", full / one, 3.,
             one=one / 4, full=full / 4, forward=forward / 4, ratio_without_forward=(full - forward) / (one - forward))
         _bench_refinement(size, repeats, add)

@@ -159,8 +159,9 @@ def test_modules_import_only_modules_above():
     for path in EXPORTED:
         me = order[path.stem]
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.level and node.module in order and order[node.module] >= me:
-                wrong.append(f"{path.stem} imports {node.module}")
+            if isinstance(node, ast.ImportFrom) and node.level and node.module:
+                other = node.module.split(".")[-1]  # baselines.recam is 09a_recam
+                if order.get(other, -1) >= me: wrong.append(f"{path.stem} imports {node.module}")
     assert not wrong
 
 
@@ -258,13 +259,13 @@ def test_make_help_lists_every_target():
 @pytest.mark.parametrize("path", PAPER, ids=name_of)
 def test_make_runs_every_figure_at_full_size(path):
     target = {"fig4": "figure4"}.get(path.stem, path.stem)
-    folder = {"photos": "photos"}.get(path.stem, "mini")
+    folder = {"photos": "photos", "coco": "coco"}.get(path.stem, "mini")
     plan = subprocess.run(["make", "-n", target, "VENV=", "DATA=x"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "papermill -k python3 " in plan and f"{name_of(path)} results/{folder}/{path.stem}.ipynb -f configs/{path.stem}.yaml" in plan
 
 
 def test_checkpoints_are_small_and_installed():
     files = list((ROOT / "adcam/checkpoints").glob("*.safetensors"))
-    assert sum(p.stat().st_size for p in files) <= 12_000_000
+    assert sum(p.stat().st_size for p in files) <= 16_000_000
     data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["adcam"]
     assert "checkpoints/*.safetensors" in data

@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 
 from adcam.data import open_data
 from adcam.pipeline import profiles
-from adcam.run import override, run, run_data, score_masks, score_seeds
+from adcam.run import method_options, override, run, run_data, score_masks, score_seeds, segmentation_net
 from adcam.scenes import write_voc
 
 TINY = ["num_classes=10", "network=conformer_tiny", "scales=0.5", "flip=False", "crop=64", "epochs=1", "k=4", "irn_crop=64", "irn_epochs=1", "irn_radius=4", "walk_exp_times=2"]
@@ -116,3 +116,30 @@ def test_masks_are_optional(tree, tmp_path):
 def test_not_under_a_launcher(monkeypatch, tmp_path):
     monkeypatch.setenv("RANK", "0"); monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="one by one"): run(profiles["mini"], "mini", tmp_path, limit=2)
+
+
+# ---- other methods, and on to segmentation
+
+SMALL_NET = ["segmentation=deeplabv2_mini", "seg_iterations=2", "seg_batch=2", "seg_crop=64"]
+
+
+def test_segmentation_is_the_next_stage(tree, finished, tmp_path):
+    root, out = tree[0], tmp_path / "run"
+    shutil.copytree(finished[0], out)
+    p = override(profiles["voc"], [*TINY, *SMALL_NET, "test_split=train"])
+    result = run(p, f"voc:{root}", out, limit=5, segment=True, progress=False)
+    notes = [r["stage"] for r in result.rows]
+    assert notes[-3:] == ["segmentation", "predictions", "prediction scores"]
+    assert (out / "segmentation/weights.safetensors").is_file() and len(list((out / "predictions").glob("*.png"))) == result.rows[-2]["images"]
+
+
+@pytest.mark.parametrize("change, init, says", [("segmentation=fcn", None, "choose one of deeplabv2_resnet101"), ("segmentation=upernet", "file.pth", "give timm instead")])
+def test_segmentation_networks_are_named(change, init, says):
+    with pytest.raises(ValueError, match=says): segmentation_net(override(profiles["voc"], [change]), init)
+
+
+def test_options_of_a_method_come_from_the_profile():
+    p = override(profiles["voc"], ["k=20", "direction=pull"])
+    assert method_options(p, "ad_cam")["k"] == 20 and method_options(p, "ad_cam", k=7)["k"] == 7
+    assert method_options(p, "cam") == method_options(p, "trans_cam") == {}
+    with pytest.raises(ValueError, match="no option 'kk'"): method_options(p, "ad_cam", kk=3)

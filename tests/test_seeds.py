@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 from adcam.conformer import conformer_mini
 from adcam.scenes import Scenes
-from adcam.seeds import (METHODS, SIZE_MODES, Seed, extract, extract_dataset, load_seed, merge, model_fingerprint,
-                         positive_classes, resolve, save_seed, view_size)
+from adcam.seeds import (METHODS, SIZE_MODES, Seed, class_maps, extract, extract_dataset, load_seed, merge, model_fingerprint,
+                         positive_classes, resolve, save_seed, view, view_size)
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +40,20 @@ def test_merge_matches_irn(golden, golden_rules):
 @given(h=st.integers(1, 900), w=st.integers(1, 900), s=st.sampled_from([.25, .5, 1., 1.5, 2.]), stride=st.sampled_from([8, 16]), mode=st.sampled_from(SIZE_MODES))
 def test_view_size(h, w, s, stride, mode):
     plain, padded = view_size((h, w), s, stride, mode)
+    if mode == "exact":
+        assert plain == padded == tuple(max(1, round(m * s)) for m in (h, w))
+        return
     assert all(n % stride == 0 and n >= stride for n in padded)
     assert all(0 <= p - n < stride for n, p in zip(plain, padded)), "no token may see padding alone"
     if mode == "round": assert all(abs(n - m * s) <= stride / 2 or n == stride for n, m in zip(plain, (h, w)))
     if mode == "square": assert plain[0] == plain[1]
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("size_mode", SIZE_MODES)
+OF_MAPS = [m for m in METHODS if callable(METHODS[m])]
+
+
+@pytest.mark.parametrize("method", OF_MAPS)
+@pytest.mark.parametrize("size_mode", [m for m in SIZE_MODES if m != "exact"])  # the Conformer's grid does not take any size
 def test_extract_shapes(net, ds, method, size_mode):
     image = ds[0].image[:70, :91]  # neither side is a multiple of the stride
     seed = extract(net, image, ds[0].label, method, scales=(1., 1.5), flip=True, size_mode=size_mode)
@@ -171,3 +177,75 @@ def test_killed_run_leaves_no_process_and_no_half_file(tmp_path):
     gone, alive = psutil.wait_procs(workers, timeout=30)
     assert workers and not alive
     for f in (tmp_path / "out").glob("*.npz"): load_seed(f)
+
+
+# ---------------------------------------------------------------- networks without attention, methods of the image
+
+class OnlyCnn(torch.nn.Module):
+    "A CNN that takes any size: mean of 8x8 squares, one map per class"
+    stride, num_classes = 8, 10
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight = torch.nn.Parameter(torch.randn(10, 3, 1, 1))
+
+    def maps(self, x, *, reduce=None, layers=None):
+        from adcam.conformer import Maps
+        cam = torch.nn.functional.conv2d(torch.nn.functional.avg_pool2d(x, 8, ceil_mode=True), self.weight)
+        return Maps(cam, None, cam.mean((2, 3)), None)
+
+
+@pytest.mark.parametrize("size_mode", SIZE_MODES)
+def test_a_network_without_attention_gives_cams(ds, size_mode):
+    image, label = ds[0].image[:70, :91], ds[0].label
+    seed = extract(OnlyCnn().eval(), image, label, "cam", scales=(1., .5), flip=True, size_mode=size_mode)
+    assert seed.high_res.shape == (int(label.sum()), 70, 91)
+    mirrored = extract(OnlyCnn().eval(), image[:, ::-1].copy(), label, "cam", scales=(1.,), flip=True, size_mode="round")
+    np.testing.assert_allclose(mirrored.high_res[..., ::-1], extract(OnlyCnn().eval(), image, label, "cam", flip=True).high_res, atol=2e-3)
+
+
+def test_a_network_without_attention_says_so(ds):
+    with pytest.raises(ValueError, match="ad_cam needs attention, and this network is a CNN"):
+        extract(OnlyCnn().eval(), ds[0].image, ds[0].label, "ad_cam")
+
+
+def by_gradient_views(model, image, keys, *, scales=(1.,), flip=False, size_mode="round", sharpness=1., others=None):
+    "A method of the image, for the tests below: gradient of the logit, and how many others there are"
+    out = []
+    for s in scales:
+        x = view(image, s, model.stride, size_mode).requires_grad_()
+        z = model.maps(x).conv_logits[0, keys]
+        g, = torch.autograd.grad(z.sum(), x)
+        out.append((g.abs().mean(1) * x.detach().abs().mean(1)).expand(len(keys), -1, -1) ** sharpness * (1e6 * len(others) if others else 1e6))
+    return out
+
+
+@pytest.fixture
+def by_gradient(monkeypatch):
+    monkeypatch.setitem(METHODS, "by_gradient", f"{__name__}:by_gradient_views")
+
+
+def test_a_method_of_the_image_runs_like_any_other(ds, by_gradient, tmp_path):
+    net = OnlyCnn().eval()
+    seed = extract(net, ds[0].image, ds[0].label, "by_gradient", scales=(1., .5), sharpness=2.)
+    assert seed.high_res.max() > .99 and seed.high_res.shape[1:] == ds[0].image.shape[:2]
+    done = extract_dataset(net, ds, tmp_path, "by_gradient", progress=False)
+    assert done["computed"] == len(ds)
+    np.testing.assert_allclose(load_seed(tmp_path / f"{ds.ids[0]}.npz").cam, extract(net, ds[0].image, ds[0].label, "by_gradient", others=ds).cam, atol=1e-5)
+    with pytest.raises(ValueError, match="no option 'k'; it takes sharpness"):
+        extract(net, ds[0].image, ds[0].label, "by_gradient", k=3)
+    with pytest.raises(ValueError, match="half precision"):
+        extract(net, ds[0].image, ds[0].label, "by_gradient", precision="bf16")
+
+
+def test_class_maps(net, ds):
+    label = ds[0].label
+    there = np.flatnonzero(label)
+    maps = class_maps("cam", net, ds[0].image, label)
+    seed = extract(net, ds[0].image, label, "cam")
+    assert torch.equal(maps[there], torch.from_numpy(seed.cam)) and not maps[np.flatnonzero(label == 0)].any()
+    one = class_maps("cam", net, ds[0].image, label, classes=[there[-1]])
+    assert torch.equal(one[there[-1]], maps[there[-1]]) and one.amax((1, 2)).count_nonzero() <= 1
+    with pytest.raises(ValueError, match="not in the image's label"):
+        class_maps("cam", net, ds[0].image, label, classes=np.flatnonzero(label == 0)[:1])
