@@ -686,6 +686,12 @@ def _seg_config(profile, change: list, **given):
     return segmentation_config(profile, **changes | {n: v for n, v in given.items() if v is not None})
 
 # %% ../nbs/14_cli.ipynb #3b2187b7
+def _ground_truth(sample):
+    if sample.mask is None:
+        raise ValueError(f"image {sample.id} has no mask; name a folder of masks by --masks")
+    return sample.mask
+
+# %% ../nbs/14_cli.ipynb #a85cea87
 @segment_app.command("train")
 def segment_train(
     out: Annotated[Path, typer.Option(help="Folder of the run: weights.safetensors, best.safetensors, last.pt, log.jsonl, tensorboard.")],
@@ -707,11 +713,13 @@ def segment_train(
     "Train a segmentation network on masks. A run that was stopped continues; a finished one is kept."
     import torch
     from adcam.data import open_data
+    from adcam.run import warn_if_random
     from adcam.segment import train_segmentation
     from adcam.seeds import launched
     ds, skipped = _dataset(data, split, n, masks=masks is None, workers=workers)
     torch.manual_seed(seed)
     net, notes, usual = _segmentation(network, profile, data, len(ds.classes), backbone, init)
+    warn_if_random(usual, init)
     if notes and launched()[0] == 0:
         typer.echo("; ".join(notes))
     config = _seg_config(usual, change or [], iterations=iterations, batch=batch, mixed_precision=precision, workers=workers, seed=seed)
@@ -722,11 +730,6 @@ def segment_train(
         typer.echo(f"{usual.segmentation}: {len(history)} iterations, loss {history[0]['loss']:.3f} -> {history[-1]['loss']:.3f}" + (f", best mIoU on {val} {100*best:.1f}" if best is not None else ""))
         typer.echo(f"wrote {out / 'weights.safetensors'}")
     _tell_skipped(skipped, len(ds) + len(skipped))
-
-def _ground_truth(sample):
-    if sample.mask is None:
-        raise ValueError(f"image {sample.id} has no mask; name a folder of masks by --masks")
-    return sample.mask
 
 # %% ../nbs/14_cli.ipynb #f3744633
 @segment_app.command("predict")

@@ -115,7 +115,7 @@ class Profile(_SeedSettings):
     walk_cam_power: float = 1.0          # power of the map before the walk (AdvCAM 1.5)
     walk_background: float = 0.25        # score of the background beside the walked maps
     segmentation: str = "deeplabv2_resnet101"
-    seg_crop: int = 321                  # the paper leaves the segmentation step to its supplement; these are DeepLabV2's usual values
+    seg_crop: int = 321                  # all seg_*: of DeepLabV2; the paper leaves this step to its supplement; these are the usual values
     seg_scales: tuple[float, ...] = (0.5, 0.75, 1.0, 1.25, 1.5)
     seg_batch: int = 10
     seg_iterations: int = 20_000
@@ -130,7 +130,8 @@ profiles: dict[str, Profile] = {p.name: p for p in (
             seg_iterations=100_000, seg_lr=2e-4, seg_batch=20),
     Profile("mini", dataset="scenes", num_classes=10, train_split="train", seed_split="train", choose_split="val", test_split="test",
             network="conformer_mini", crop=112, resize=(112, 208), scales=(1.0,), flip=False,
-            irn_crop=160, irn_scale=(0.75, 1.25), irn_batch=16, irn_epochs=12, irn_lr_edge=2.0, irn_radius=5, irn_displacement=False, walk_exp_times=6),
+            irn_crop=160, irn_scale=(0.75, 1.25), irn_batch=16, irn_epochs=12, irn_lr_edge=2.0, irn_radius=5, irn_displacement=False, walk_exp_times=6,
+            segmentation="deeplabv2_mini", seg_crop=128, seg_batch=8, seg_iterations=400, seg_lr=3e-4),
 )}
 
 # %% ../nbs/13_pipeline.ipynb #58b82083

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['override', 'RunData', 'run_data', 'train_config', 'classifier_stage', 'method_options', 'seed_stage', 'score_seeds',
-           'irnet_config', 'irnet_stage', 'score_masks', 'segmentation_net', 'segmentation_config',
+           'irnet_config', 'irnet_stage', 'score_masks', 'segmentation_net', 'warn_if_random', 'segmentation_config',
            'segmentation_stage', 'RunResult', 'run']
 
 # %% ../nbs/13b_run.ipynb #bf857f69
@@ -14,18 +14,17 @@ from pathlib import Path
 from typing import Any, Callable, NamedTuple
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 from . import conformer
 from .classifier import TrainConfig, save_weights, train
 from .cnn import mini_path, resnet_mini
 from .data import Subset, labelled, open_data, usable
 from .deeplab import DeepLabV2, deeplabv2_mini, init_deeplab, load_deeplab, upernet, upernet_mini
-from .evaluation import Sweep, confusion, scores, side_by_side
+from .evaluation import Sweep, side_by_side
 from .irnet import IRNet, IRNetConfig, ResNet50Stages, ResNetStages, load_irnet, make_ir_labels, make_pseudo_masks, train_irnet
 from .pipeline import Profile, checkpoint_path, profiles, provenance, save_result
 from .seeds import extract_dataset, launched, load_seed, resolve
-from .segment import RECIPES, SegConfig, predict_dataset, train_segmentation
+from .segment import RECIPES, SegConfig, predict_dataset, score_predictions, train_segmentation
 
 # %% ../nbs/13b_run.ipynb #94f283a2
 def _as_type(
@@ -212,13 +211,8 @@ def score_masks(
     folder: Path,   # `<id>.png` labels
 ) -> dict | None:   # `scores` and the number of images; None if no image has a mask
     "mIoU, FP and FN of finished masks"
-    total, n = 0, 0
-    for i in range(len(ds)):
-        sample = ds[i]
-        if sample.mask is None: continue
-        with Image.open(folder / f"{sample.id}.png") as im: pred = np.array(im)
-        total, n = total + confusion(pred, sample.mask, len(ds.classes)), n + 1
-    return scores(total) | dict(n=n) if n else None
+    known = [i for i in range(len(ds)) if ds[i].mask is not None]
+    return score_predictions(folder, Subset(ds, known)) | dict(n=len(known)) if known else None
 
 # %% ../nbs/13b_run.ipynb #8fbbc45a
 def segmentation_net(
@@ -231,12 +225,17 @@ def segmentation_net(
     small = dict(deeplabv2_mini=deeplabv2_mini, upernet_mini=upernet_mini)
     if p.segmentation in small: return small[p.segmentation](C), ["backbone pre-trained on single-label scenes"]
     if p.segmentation not in big: raise ValueError(f"segmentation={p.segmentation!r} is unknown; choose one of {', '.join([*big, *small])}")
-    if init is None: _warn(f"No start weights given: {p.segmentation} starts from random numbers.\nThe way is tested, the results mean nothing. Give a file, or timm.")
     if p.segmentation == "upernet":
         if init not in (None, "timm"): raise ValueError(f"start weights of UPerNet's backbone come from timm; give timm instead of {init}")
         return upernet(C, backbone, pretrained=init == "timm"), []
     net = DeepLabV2(C)
     return net, [] if init is None else init_deeplab(net, init)
+
+# %% ../nbs/13b_run.ipynb #cdbd0fc8
+def warn_if_random(p: Profile, init: str | Path | None) -> None:
+    "Say loudly that a large network without start weights cannot work"
+    if init is None and not p.segmentation.endswith("_mini"):
+        _warn(f"No start weights given: {p.segmentation} starts from random numbers.\nThe way is tested, the results mean nothing. Give a file, or timm.")
 
 # %% ../nbs/13b_run.ipynb #e19c04ce
 def segmentation_config(
@@ -244,11 +243,12 @@ def segmentation_config(
     seed: int = 0,  # of new layers, order and views
     **changes,      # fields of `SegConfig` that differ
 ) -> SegConfig:
-    "Training settings of a profile: its seg_* fields for DeepLabV2, the recipe for UPerNet"
-    if p.segmentation in RECIPES: base = RECIPES[p.segmentation]
-    elif p.segmentation == "upernet": base = RECIPES["upernet_coco" if p.dataset == "coco" else "upernet_voc"]
-    else: base = SegConfig(**{n: getattr(p, f"seg_{n}") for n in ("iterations", "batch", "crop", "scales", "lr", "weight_decay")})
-    return replace(base, seed=seed, **changes)
+    "Training settings of a profile: the recipe of its network, with the seg_* fields that were changed"
+    network = p.segmentation.replace("_resnet101", "")
+    base, usual = RECIPES[network if network in RECIPES else f"{network}_{'coco' if p.dataset == 'coco' else 'voc'}"], profiles.get(p.name, p)
+    own = {n: getattr(p, f"seg_{n}") for n in ("iterations", "batch", "crop", "scales", "lr", "weight_decay")}
+    changed = {n: v for n, v in own.items() if v != getattr(usual, f"seg_{n}")}
+    return replace(base, **{"seed": seed} | changed | changes)
 
 # %% ../nbs/13b_run.ipynb #20c5c5d5
 def segmentation_stage(
@@ -265,6 +265,7 @@ def segmentation_stage(
     torch.manual_seed(seed)
     net, notes = segmentation_net(p, init)
     if done.is_file(): return load_deeplab(net, done).eval(), "was there"
+    warn_if_random(p, init)
     history = train_segmentation(net, ds, out / "pseudo_masks", segmentation_config(p, seed, **changes), out=out / "segmentation", progress=progress)
     return net, "; ".join([f"{len(history)} steps, last loss {history[-1]['loss']:.3f}", *notes])
 
@@ -298,12 +299,14 @@ def _segment(log: _Log, p: Profile, data: str, ds: Any, out: Path, limit: int | 
     log.stage("predictions", len(test), lambda: done(predict_dataset(net.to(_device()), test, out / "predictions", processes=processes, progress=progress)))
     if row := score_masks(test, out / "predictions"): log.score("prediction scores", f"{p.test_split} split, with CRF", row)
 
+# %% ../nbs/13b_run.ipynb #6f08116d
 class RunResult(NamedTuple):
     "What a run leaves behind, beside its folder"
     rows: list       # a row per stage and per score, as in run.json
     skipped: list    # `Skipped(id, reason)`
     unlabeled: list  # ids of images without a class
 
+# %% ../nbs/13b_run.ipynb #78810159
 def run(
     profile: Profile,                  # every setting, see `override`
     data: str,                         # "mini", a folder, or KIND:FOLDER
