@@ -114,14 +114,13 @@ class Profile(_SeedSettings):
     walk_exp_times: int = 8              # 2^8 = 256 steps; the paper's l has no value
     walk_cam_power: float = 1.0          # power of the map before the walk (AdvCAM 1.5)
     walk_background: float = 0.25        # score of the background beside the walked maps
-    segmentation: str = "deeplabv2_resnet101"
+    segmentation: str = "deeplabv2_resnet101"  # starts from ImageNet's weights; from COCO's for the rows marked ** in Table 1
     seg_crop: int = 321                  # all seg_*: of DeepLabV2; the paper leaves this step to its supplement; these are the usual values
     seg_scales: tuple[float, ...] = (0.5, 0.75, 1.0, 1.25, 1.5)
     seg_batch: int = 10
     seg_iterations: int = 20_000
     seg_lr: float = 2.5e-4               # SGD with momentum 0.9, x10 for the new weights
     seg_weight_decay: float = 5e-4
-    segmentation_init: str = "imagenet"  # "coco" for the rows marked ** in Table 1
 
 # %% ../nbs/13_pipeline.ipynb #0df85bd6
 profiles: dict[str, Profile] = {p.name: p for p in (

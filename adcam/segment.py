@@ -268,16 +268,17 @@ def _settings(net, ds, masks, c, processes):
 # %% ../nbs/12b_segment.ipynb #04eefe86
 RUN_FILES = ("last.pt", "best.safetensors", "weights.safetensors", "log.jsonl", "settings.json")
 
-def _open_run(out, settings, resume, force):
-    "Is there something to continue? Refuses what it would destroy; `force` clears the folder"
-    if force:
-        for f in [out/n for n in RUN_FILES] + [*(out/"tensorboard").glob("events.*")]: f.unlink(missing_ok=True)
+def _clear_run(out):
+    for f in [out/n for n in RUN_FILES] + [*(out/"tensorboard").glob("events.*")]: f.unlink(missing_ok=True)
+
+def _open_run(out, settings, resume):
+    "Is there something to continue? Refuses what it would destroy"
     if not (out/"last.pt").exists() and not (out/"weights.safetensors").exists(): return False
     old = json.loads((out/"settings.json").read_text()) if (out/"settings.json").exists() else {}
     done = (out/"weights.safetensors").exists()
     odd = "; ".join(f"{k}: {old.get(k)!r} there, {settings.get(k)!r} now" for k in sorted(old.keys() | settings.keys()) if old.get(k) != settings.get(k))
     if odd: raise ValueError(f"{out} holds a {'finished' if done else 'begun'} run with other settings ({odd}); choose another folder, or pass force=True to replace it")
-    if done and not resume: raise ValueError(f"{out} holds a finished run; choose another folder, or pass force=True to replace it")
+    if done and not (resume and (out/"last.pt").exists()): raise ValueError(f"{out} holds a finished run; choose another folder, or pass force=True to replace it")
     return resume and (out/"last.pt").exists()
 
 # %% ../nbs/12b_segment.ipynb #fad19ba5
@@ -434,7 +435,9 @@ def train_segmentation(
     _check_config(c, acc.num_processes)
     settings = _settings(net, ds, masks, c, acc.num_processes)
     run, goes_on = dict(history=[], best=None, settings=settings), False
-    if out: goes_on = _open_run(out, settings, resume, force and acc.is_main_process)
+    if out and force and acc.is_main_process: _clear_run(out)
+    acc.wait_for_everyone()
+    if out: goes_on = _open_run(out, settings, resume)
     acc.wait_for_everyone()
     found = check_masks(ds, masks, net.num_classes, progress and acc.is_main_process)
     _begin(net.to(memory_format=torch.channels_last), c)

@@ -291,3 +291,18 @@ def test_precision_is_a_setting(tmp_path, ds):
     with pytest.raises(ValueError, match="precision: None there, 'bf16' now"): run(precision="bf16")
     with pytest.raises(ValueError, match="unknown precision 'fp8'; choose one of fp32, bf16, fp16"): run(precision="fp8")
     with pytest.raises(ValueError, match="unknown size_mode 'pad32'"): run(size_mode="pad32")
+
+
+@pytest.mark.parametrize("method, options", [("advcam", dict(iterations=2)), ("rib", dict(batch=2, crop=48, resize=None, steps=2))])
+def test_slow_baselines_resume_and_share_the_work(method, options, tmp_path):
+    "Files of two processes, one of them after an interruption, are those of one process to the byte"
+    from adcam.cnn import mini_path, resnet_mini
+    net, ds = resnet_mini(checkpoint=mini_path(0)).eval(), Scenes("val", 4, 48)
+    run = lambda folder, **more: extract_dataset(net, ds, folder, method, progress=False, **options, **more)
+    assert run(tmp_path / "one")["computed"] == 4
+    files = {p.name: p.read_bytes() for p in (tmp_path / "one").iterdir()}
+    (tmp_path / "two").mkdir()
+    for name in ("settings.json", f"{ds.ids[0]}.npz"): (tmp_path / "two" / name).write_bytes(files[name])  # what an interrupted run left
+    done = run(tmp_path / "two", processes=2)
+    assert (done["computed"], done["cached"]) == (3, 1)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "two").iterdir()} == files

@@ -252,7 +252,8 @@ def test_a_finished_run_is_not_overwritten(tmp_path):
     with pytest.raises(ValueError, match="holds a finished run; choose another folder, or pass force=True"): train_segmentation(Net(), ds, truth, c, out=tmp_path, resume=False, progress=False)
     with pytest.raises(ValueError, match=r"holds a finished run with other settings \(lr: 0.05 there, 0.1 now\)"): train_segmentation(Net(), ds, truth, replace(c, lr=.1), out=tmp_path, progress=False)
     (tmp_path/"last.pt").unlink()                                   # even without it
-    with pytest.raises(ValueError, match="finished run"): train_segmentation(Net(), ds, truth, replace(c, lr=.1), out=tmp_path, progress=False)
+    for config in (c, replace(c, lr=.1)):
+        with pytest.raises(ValueError, match="finished run"): train_segmentation(Net(), ds, truth, config, out=tmp_path, progress=False)
     forced = train_segmentation(Net(), ds, truth, replace(c, lr=.1), out=tmp_path, force=True, progress=False)
     assert forced[1]["loss"] != first[1]["loss"] and json.loads((tmp_path/"settings.json").read_text())["lr"] == .1
 
