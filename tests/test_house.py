@@ -236,8 +236,9 @@ def test_citation_and_license_agree(settings, project):
 
 def test_departures_name_real_switches_and_their_defaults():
     import inspect
-    from adcam import cam, conformer, crf, irnet, seeds
-    functions = [crf.dense_crf, irnet.random_walk, cam.ad_cam, cam.normalize, conformer.conformer_small, conformer.Conformer.__init__, seeds.extract]
+    from adcam import cam, cnn, conformer, crf, irnet, seeds
+    from adcam.baselines import advcam, getam, rib
+    functions = [cnn.cam_resnet50, advcam.advcam_views, getam.getam_views, rib.rib_views, crf.dense_crf, irnet.random_walk, cam.ad_cam, cam.normalize, conformer.conformer_small, conformer.Conformer.__init__, seeds.extract]
     defaults = {}
     for f in functions:
         for name, p in inspect.signature(f).parameters.items():
