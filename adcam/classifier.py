@@ -279,15 +279,17 @@ def _train_mode(task, freeze_bn):
         if _is_bn(m) and (freeze_bn or _is_frozen(m)): m.eval()
 
 # %% ../nbs/04_classifier.ipynb #3ca4b194
-def _save_state(acc, out, task, optimizer, run):
+def _write_run(acc, out, run, **state):
     "What a later process needs to continue: last.pt. For people: log.jsonl and settings.json"
     if acc.is_main_process:
         buffer, scaler = io.BytesIO(), {} if acc.scaler is None else dict(scaler=acc.scaler.state_dict())  # fp16's loss scale
-        torch.save(dict(run, **scaler, task=acc.unwrap_model(task).state_dict(), optimizer=optimizer.state_dict()), buffer)
+        torch.save(dict(run, **scaler, **state), buffer)
         atomic_write(out/"settings.json", lambda f: f.write(json.dumps(run["settings"], indent=1).encode()))
         atomic_write(out/"log.jsonl", lambda f: f.write("".join(json.dumps(row)+"\n" for row in run["history"]).encode()))
         atomic_write(out/"last.pt", lambda f: f.write(buffer.getvalue()))
     acc.wait_for_everyone()
+
+def _save_state(acc, out, task, optimizer, run): _write_run(acc, out, run, task=acc.unwrap_model(task).state_dict(), optimizer=optimizer.state_dict())
 
 # %% ../nbs/04_classifier.ipynb #31e1bd4d
 def _load_state(acc, path, task, optimizer, run):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MINI_PRETRAIN', 'MINI_TRAIN', 'CamNet', 'load_cam', 'load_backbone', 'cam_resnet50', 'class_weights',
            'class_features', 'check_differentiable', 'SGDConfig', 'poly_sgd', 'CamTask', 'SingleCam', 'train_cam',
-           'pretrain_cam', 'resnet_mini', 'pretrain_mini', 'train_mini', 'mini_path']
+           'pretrain_cam', 'resnet_mini', 'pretrain_mini', 'train_mini', 'shipped_weights', 'mini_path']
 
 # %% ../nbs/09_cnn.ipynb #fb83483c
 import adcam, torch, torch.nn.functional as F
@@ -304,12 +304,18 @@ def train_mini(ds, # Scenes("train", 4_000), or fewer
     return net, train_cam(net, ds, replace(config, seed=seed), **options)
 
 # %% ../nbs/09_cnn.ipynb #f2b60b0b
+def shipped_weights(name:str, # file name
+                    folder:str|Path="", # another folder with files of the same names; empty: that of the package
+                    kind:str="" # how the names begin that are of the same kind, for the error
+                   ) -> Path: # an existing file
+    "A file of weights that comes with the package. `FileNotFoundError` names what is there."
+    folder = Path(folder or Path(adcam.__file__).parent/"checkpoints")
+    if (folder/name).is_file(): return folder/name
+    there = sorted(p.name for p in folder.glob(f"{kind}*.safetensors"))
+    raise FileNotFoundError(f"no checkpoint {folder/name}; the folder holds {', '.join(there) or f'none of {kind}'} (`adcam checkpoints` trains them)")
+
 def mini_path(which:int|str=0, # training seed 0, 1, 2; or "pretrained": after single-label training, before any image with several labels
               folder:str|Path="" # another folder with files of the same names; empty: that of the package
              ) -> Path: # an existing file
     "The shipped weights of resnet_mini on Scenes"
-    folder = Path(folder or Path(adcam.__file__).parent/"checkpoints")
-    path = folder/f"resnet_mini_{which if which == 'pretrained' else f'seed{which}'}.safetensors"
-    if path.is_file(): return path
-    there = sorted(p.name for p in folder.glob("resnet_mini_*.safetensors"))
-    raise FileNotFoundError(f"no checkpoint {path}; the folder holds {', '.join(there) or 'none of resnet_mini'} (`adcam checkpoints` trains them)")
+    return shipped_weights(f"resnet_mini_{which if which == 'pretrained' else f'seed{which}'}.safetensors", folder, "resnet_mini")

@@ -11,7 +11,6 @@ import time
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 from typing import Any, Callable, NamedTuple
 import numpy as np
 import torch
@@ -24,7 +23,7 @@ from .conformer import conformer_mini, load_pretrained
 from .deeplab import deeplabv2_mini, upernet_mini
 from .evaluation import Sweep, confusion, scores, side_by_side
 from .irnet import IRNet, ResNetStages, edge_map, ir_label, mask_edges, random_walk, smooth_mask, train_irnet, upsample_walk
-from .pipeline import Point, Profile, as_sweep, checkpoint_path, point_maps, profiles
+from .pipeline import Point, Profile, as_sweep, checkpoint_path, point_maps
 from .run import irnet_config
 from .segment import RECIPES, confusions, train_segmentation
 from .seeds import METHODS, Seed, class_views, merge, positive_classes, resolve, view
@@ -99,7 +98,7 @@ def _one_thread():
 def _shared_views(net: nn.Module, sample: Any, entries: list[Entry], others: Any) -> dict[str, Tensor]:
     "Maps (n,h,w) of every entry, one view at scale 1"
     keys = positive_classes(sample.label, net.num_classes, f"image {sample.id}").tolist()
-    cheap = [e for e in entries if callable(METHODS[e.method])]
+    cheap = [e for e in entries if callable(METHODS[e.method]) and set(e.options) <= set(Point._fields)]
     out = {}
     if len(cheap) > 1:
         with torch.no_grad(): maps = net.maps(view(sample.image, 1., net.stride))

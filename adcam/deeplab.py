@@ -60,17 +60,6 @@ class _Bottleneck(nn.Module):
 
     def forward(self, x): return F.relu(self.increase(self.conv3x3(self.reduce(x))) + self.shortcut(x))
 
-# %% ../nbs/12_deeplab.ipynb #b989e595
-BLOCKS, STRIDES, DILATIONS = (3, 4, 23, 3), (1, 2, 1, 1), (1, 1, 2, 4)  # of layer2 .. layer5
-
-def _named(**parts): return nn.Sequential(OrderedDict(parts))
-
-def _stage(n_in, n_out, blocks, stride, dilation):
-    "layer2 .. layer5: the first block changes width and resolution; all blocks share the dilation"
-    first = _Bottleneck(n_in, n_out, stride, dilation)
-    rest = [_Bottleneck(n_out, n_out, 1, dilation) for _ in range(blocks - 1)]
-    return _named(**{f"block{i + 1}": b for i, b in enumerate([first, *rest])})
-
 # %% ../nbs/12_deeplab.ipynb #9cc2c650
 BLOCKS, STRIDES, DILATIONS = (3, 4, 23, 3), (1, 2, 1, 1), (1, 1, 2, 4)  # of layer2 .. layer5
 
@@ -113,6 +102,7 @@ def _caffe_resnet(num_classes):
 # %% ../nbs/12_deeplab.ipynb #b5fab8a0
 def _is_bn(m): return isinstance(m, nn.modules.batchnorm._BatchNorm)
 
+# %% ../nbs/12_deeplab.ipynb #76682aac
 class _Segmenter(nn.Module):
     "What all networks here share"
     pad_value = (0., 0., 0.)  # the mean color after `preprocess`
@@ -422,6 +412,7 @@ def _normalizer(name):
     if cfg is None or (cfg.mean, cfg.std) == (IMAGENET_MEAN, IMAGENET_STD): return to_tensor
     return functools.partial(_normalized, mean=cfg.mean, std=cfg.std)
 
+# %% ../nbs/12_deeplab.ipynb #07e1d1c7
 def _normalized(image, mean, std):
     _check_picture(image)
     x = torch.from_numpy(image.copy()).permute(2, 0, 1).float()/255           # (3,H,W)

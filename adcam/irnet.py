@@ -17,7 +17,7 @@ import scipy.sparse as sp
 import timm
 import torch
 import torch.nn.functional as F
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple

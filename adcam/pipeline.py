@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 import adcam
 from .cam import ad_cam, ad_cam_grid, attention_received, co_neighbor, normalize, patch_attention, same_object_auc
+from .cnn import shipped_weights
 from .conformer import Maps, conformer_mini, conformer_small
 from .evaluation import Sweep, side_by_side
 from .scenes import atomic_write
@@ -53,11 +54,7 @@ def checkpoint_path(
     folder: str | Path = "", # another folder with files of the same names; empty: those of the package
 ) -> Path:                   # an existing file
     "The shipped weights of conformer_mini on Scenes. `FileNotFoundError` names what is there."
-    folder = Path(folder or Path(adcam.__file__).parent / "checkpoints")
-    path = folder / f"mini_{'sg' if stop_grad else 'coupled'}_seed{seed}.safetensors"
-    if path.is_file(): return path
-    there = sorted(p.name for p in folder.glob("*.safetensors"))
-    raise FileNotFoundError(f"no checkpoint {path}; the folder holds {', '.join(there) or 'none'} (`make checkpoints` trains them)")
+    return shipped_weights(f"mini_{'sg' if stop_grad else 'coupled'}_seed{seed}.safetensors", folder, "mini_")
 
 # %% ../nbs/13_pipeline.ipynb #54303996
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
-from .classifier import _train_mode, _whole_batch, save_weights
+from .classifier import _train_mode, _whole_batch, _write_run, save_weights
 from .crf import DEEPLAB, dense_crf, unary_from_logits
 from .data import read_mask
 from .deeplab import poly_rate, segmentation_loss
@@ -284,14 +284,9 @@ def _open_run(out, settings, resume):
 # %% ../nbs/12b_segment.ipynb #fad19ba5
 def _save_run(acc, out, net, optimizer, run, finished):
     "last.pt to continue from, log.jsonl and settings.json for people, and the weights at the end"
-    if acc.is_main_process:
-        buffer, model = io.BytesIO(), acc.unwrap_model(net)
-        scaler = {} if acc.scaler is None else dict(scaler=acc.scaler.state_dict())          # fp16's loss scale
-        torch.save(dict(run, **scaler, net=model.state_dict(), optimizer=optimizer.state_dict()), buffer)
-        atomic_write(out/"settings.json", lambda f: f.write(json.dumps(run["settings"], indent=1).encode()))
-        atomic_write(out/"log.jsonl", lambda f: f.write("".join(json.dumps(r) + "\n" for r in run["history"]).encode()))
-        atomic_write(out/"last.pt", lambda f: f.write(buffer.getvalue()))
-        if finished: save_weights(model, out/"weights.safetensors")
+    model = acc.unwrap_model(net)
+    _write_run(acc, out, run, net=model.state_dict(), optimizer=optimizer.state_dict())
+    if finished and acc.is_main_process: save_weights(model, out/"weights.safetensors")
     acc.wait_for_everyone()
 
 # %% ../nbs/12b_segment.ipynb #c1d405ec
