@@ -37,7 +37,8 @@ def _as_type(
     try: value = ast.literal_eval(text)
     except (ValueError, SyntaxError): value = text
     if isinstance(default, tuple): value = tuple(map(type(default[0]), value)) if isinstance(value, tuple) else (value,)
-    if type(default) is float and type(value) is int: value = float(value)
+    if type(default) in (float, type(None)) and type(value) is int: value = float(value)
+    if default is None and (value is None or type(value) is float): return value   # a number that may be left out
     right = all(type(v) is type(default[0]) for v in value) if isinstance(default, tuple) else type(value) is type(default)
     if not right: raise ValueError(f"{name}={text} cannot be read; the profile has {name}={default!r}, give a value of that kind")
     return value
@@ -181,7 +182,7 @@ def irnet_config(
     **changes,      # fields of `IRNetConfig` that differ
 ) -> IRNetConfig:
     "IRNet's training settings of a profile"
-    same = {n: getattr(p, f"irn_{n}") for n in ("epochs", "lr_edge", "lr_displacement", "weight_decay", "crop", "scale", "radius")}
+    same = {n: getattr(p, f"irn_{n}") for n in ("epochs", "lr_edge", "lr_displacement", "weight_decay", "momentum", "crop", "scale", "radius")}
     return IRNetConfig(**same | dict(batch=min(p.irn_batch, images), power=p.lr_power, seed=seed) | changes)
 
 # %% ../nbs/13b_run.ipynb #8712a4eb

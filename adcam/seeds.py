@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['METHODS', 'SIZE_MODES', 'PRECISIONS', 'resolve', 'view_size', 'picture_tokens', 'view', 'maps_needed', 'view_maps',
            'merge', 'Seed', 'positive_classes', 'class_views', 'extract', 'class_maps', 'save_seed', 'load_seed',
-           'model_fingerprint', 'Done', 'launched', 'extract_dataset', 'check_seeds', 'merge_seeds']
+           'Done', 'launched', 'extract_dataset', 'check_seeds', 'merge_seeds']
 
 # %% ../nbs/08_seeds.ipynb #518556e7
-import contextlib, errno, hashlib, importlib, inspect, json, multiprocessing, os, threading, time, zipfile
+import contextlib, errno, importlib, inspect, json, multiprocessing, os, threading, time, zipfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -23,6 +23,7 @@ from tqdm import tqdm
 from .cam import ad_cam, att_diffu, cam_map, crop_maps, trans_cam, ts_cam
 from .data import to_tensor
 from .scenes import atomic_write
+from .training import model_fingerprint
 
 # %% ../nbs/08_seeds.ipynb #a5e1965d
 METHODS: dict[str, Callable | str] = dict(cam=cam_map, ts_cam=ts_cam, trans_cam=trans_cam, att_diffu=att_diffu, ad_cam=ad_cam,
@@ -292,17 +293,6 @@ def load_seed(
     if not (seed.cam.ndim == seed.high_res.ndim == 3 and len(seed.cam) == len(seed.high_res) == n):
         raise ValueError(f"{path}: {n} keys, but cam {seed.cam.shape} and high_res {seed.high_res.shape}; delete it and extract again")
     return seed
-
-# %% ../nbs/08_seeds.ipynb #9548e3cd
-def model_fingerprint(
-    model: nn.Module,  # any network
-) -> str:              # sha256, 64 hex digits
-    "Names and values of all parameters and buffers, independent of the device."
-    h = hashlib.sha256()
-    for name, t in sorted(model.state_dict().items()):
-        h.update(f"{name} {tuple(t.shape)} {t.dtype}".encode())
-        h.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() if t.ndim else str(t.item()).encode())
-    return h.hexdigest()
 
 # %% ../nbs/08_seeds.ipynb #9987ee77
 def _difference(old: dict, new: dict) -> str:

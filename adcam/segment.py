@@ -17,7 +17,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -26,10 +26,11 @@ from .classifier import _train_mode, _whole_batch, _write_run, save_weights
 from .crf import DEEPLAB, dense_crf, unary_from_logits
 from .data import read_mask
 from .deeplab import poly_rate, segmentation_loss
+from .devices import PRECISIONS
 from .evaluation import confusion, scores
-from .irnet import MAX_SIDE, _folder_settings, _make_folder, save_mask
+from .irnet import MAX_SIDE, _label_source, _make_folder, save_mask
 from .scenes import atomic_write
-from .seeds import model_fingerprint
+from .training import arithmetic, difference, make_accelerator, model_fingerprint, origin, precision_name
 
 # %% ../nbs/12b_segment.ipynb #85e3e0e5
 def training_view(
@@ -119,7 +120,7 @@ class SegConfig:
     momentum: float = .9              # of SGD
     balanced: bool = False            # balanced cross-entropy: mean over background pixels plus mean over object pixels
     freeze_bn: bool|None = None       # keep BatchNorm statistics; None: as the network says
-    mixed_precision: str = "no"       # "bf16", or "fp16" on a GPU
+    mixed_precision: str = "fp32"     # "fp32", "tf32", "bf16", or "fp16" on a GPU
     check: int = 500                  # iterations between checkpoints, validations and lines of the log
     patience: int|None = None         # stop after so many iterations in a row that predict only background; None: a tenth of all, at least 50
     seed: int = 0                     # of order, views and dropout
@@ -148,8 +149,7 @@ def _check_config(c, processes=1):
     for name in ("warmup", "weight_decay", "momentum", "seed", "workers"): need(getattr(c, name) >= 0, name, "at least 0")
     need(c.scales and min(c.scales) > 0, "scales", "one or more factors above 0")
     need(c.optimizer in ("sgd", "adamw"), "optimizer", "'sgd' or 'adamw'")
-    need(c.mixed_precision in ("no", "bf16", "fp16"), "mixed_precision", "'no', 'bf16' or 'fp16'")
-    need(c.mixed_precision != "fp16" or torch.cuda.is_available(), "mixed_precision", "'no' or 'bf16' on this machine: fp16 needs a GPU")
+    need(precision_name(c.mixed_precision) in PRECISIONS, "mixed_precision", f"one of {', '.join(PRECISIONS)}")
     need(c.batch % _parts(c, processes) == 0, "batch", f"a multiple of {_parts(c, processes)}: accumulate is {c.accumulate}, and there are {processes} processes")
     need(c.patience is None or c.patience >= 1, "patience", "at least 1, or None")
 
@@ -258,12 +258,13 @@ def _guard(history, c, share):
                      f"start from pre-trained weights, and look at the masks (objects are {100*share:.1f} % of their pixels); patience={2*patience} waits longer")
 
 # %% ../nbs/12b_segment.ipynb #f07a2a1d
-def _settings(net, ds, masks, c, processes):
+def _settings(net, ds, masks, c, acc):
     "What must be the same for a run to be continued"
-    same = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(c).items() if k != "workers"}
-    source = getattr(masks, "__name__", type(masks).__name__) if callable(masks) else _folder_settings(masks)
+    same = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(c).items() if k not in ("workers", "mixed_precision")}
     size = sum(p.numel() for p in net.parameters())
-    return same | dict(data=ds.fingerprint(), masks=source, network=type(net).__name__, parameters=size, num_classes=net.num_classes, parts=_parts(c, processes))
+    code = sorted({m for m in ("adcam.segment", "adcam.data", type(net).__module__) if m.startswith("adcam.")})
+    return same | dict(data=ds.fingerprint(), masks=_label_source(masks), network=type(net).__name__, parameters=size, num_classes=net.num_classes,
+                       parts=_parts(c, acc.num_processes), **origin(net, acc.device, precision_name(c.mixed_precision), *code))
 
 # %% ../nbs/12b_segment.ipynb #04eefe86
 RUN_FILES = ("last.pt", "best.safetensors", "weights.safetensors", "log.jsonl", "settings.json")
@@ -276,7 +277,7 @@ def _open_run(out, settings, resume):
     if not (out/"last.pt").exists() and not (out/"weights.safetensors").exists(): return False
     old = json.loads((out/"settings.json").read_text()) if (out/"settings.json").exists() else {}
     done = (out/"weights.safetensors").exists()
-    odd = "; ".join(f"{k}: {old.get(k)!r} there, {settings.get(k)!r} now" for k in sorted(old.keys() | settings.keys()) if old.get(k) != settings.get(k))
+    odd = difference(old, settings)
     if odd: raise ValueError(f"{out} holds a {'finished' if done else 'begun'} run with other settings ({odd}); choose another folder, or pass force=True to replace it")
     if done and not (resume and (out/"last.pt").exists()): raise ValueError(f"{out} holds a finished run; choose another folder, or pass force=True to replace it")
     return resume and (out/"last.pt").exists()
@@ -389,8 +390,6 @@ def _check_network(net, ds):
     if net.num_classes != len(ds.classes) + 1: raise ValueError(f"the network has {net.num_classes} classes, the data {len(ds.classes)} and the background; build it with num_classes={len(ds.classes) + 1}")
 
 # %% ../nbs/12b_segment.ipynb #51facec0
-def _accelerator(c): return Accelerator(mixed_precision=c.mixed_precision, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
-
 def _begin(net, c):
     "Training mode, with BatchNorm as the settings or the network want it"
     model = getattr(net, "module", net)                                                       # inside of DDP
@@ -420,15 +419,16 @@ def train_segmentation(
     force: bool = False,               # replace a finished run, or one with other settings
     progress: bool = True,             # show a bar
     val: Any = None,                   # data set with masks: mIoU at every check, and best.safetensors
-    accelerator: Accelerator|None = None,  # for a device or a launcher of your own
+    accelerator: Accelerator|None = None,  # for a launcher of your own
+    device: str = "auto",              # where it learns, see `adcam.devices.pick_device`; the network stays there
 ) -> list[dict]:                       # a row per iteration: step, loss, objects, lr; miou where it was measured
     """Train a segmentation network on masks; it is left with its last weights, in eval mode. Several processes by `accelerate launch`.
 
     Raises `ValueError` for masks and settings that cannot work and for a network that predicts only background, `FloatingPointError` for a loss that is no number."""
     _check_config(config); _check_network(net, ds)
-    c, out, acc = config, None if out is None else Path(out), accelerator or _accelerator(config)
+    c, out, acc = config, None if out is None else Path(out), accelerator or make_accelerator(config.mixed_precision, device, find_unused=True)
     _check_config(c, acc.num_processes)
-    settings = _settings(net, ds, masks, c, acc.num_processes)
+    settings = _settings(net, ds, masks, c, acc)
     run, goes_on = dict(history=[], best=None, settings=settings), False
     if out and force and acc.is_main_process: _clear_run(out)
     acc.wait_for_everyone()
@@ -442,7 +442,8 @@ def train_segmentation(
     order = Stream(len(views), c.batch, c.seed, start, c.iterations, acc.process_index, acc.num_processes)
     loader = DataLoader(views, batch_sampler=order, num_workers=c.workers, pin_memory=acc.device.type == "cuda")
     curves = _Curves(out if acc.is_main_process else None, start)
-    with _whole_batch(model, acc, True), tqdm(total=c.iterations, initial=start, desc="segmentation", disable=not (progress and acc.is_main_process)) as bar:
+    size = f"a step of {c.batch//_parts(c, acc.num_processes)} views of {c.crop}x{c.crop}"
+    with _whole_batch(model, acc, True), arithmetic(net, c.mixed_precision, size, "batch or crop, or accumulate more parts"), tqdm(total=c.iterations, initial=start, desc="segmentation", disable=not (progress and acc.is_main_process)) as bar:
         try: _loop(acc, model, optimizer, loader, run, c, val, out, 1 - found.pixels[0]/found.pixels.sum(), bar, curves)
         finally: curves.close(); net.eval()
     return run["history"]
