@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 from .conformer import Conformer
 from .data import TrainViews, to_tensor
-from .scenes import atomic_write
+from .files import atomic_write, one_at_a_time
 
 # %% ../nbs/04_classifier.ipynb #a9777ff0
 def bce_loss(logits:Tensor, # (B,K) one logit per class
@@ -436,6 +436,7 @@ def _loader(acc, ds, c):
     return views, order, loader
 
 # %% ../nbs/04_classifier.ipynb #8a536d85
+@one_at_a_time()
 def fit(task:nn.Module, # MultiLabel, SingleLabel or another module with `model`, `forward(x, y) -> dict of losses`, and maybe `optimizer(config, total)`
         ds, # data set with `ds[i] -> Sample`
         config:TrainConfig, # settings

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['HOST', 'atomic_write', 'sweep', 'FolderInUse', 'at_work', 'one_at_a_time', 'read_json', 'difference', 'claimed',
-           'follow_parent', 'WorkerDied', 'dead_workers_in_words']
+           'write_report', 'read_reports', 'why_left_out', 'Account', 'follow_parent', 'WorkerDied',
+           'dead_workers_in_words']
 
 # %% ../nbs/00b_files.ipynb #887d8a85
-import contextlib, functools, hashlib, inspect, itertools, json, os, re, signal, socket, threading, time
+import contextlib, errno, functools, hashlib, inspect, itertools, json, os, re, signal, socket, threading, time
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import parent_process
 from pathlib import Path
@@ -186,6 +187,66 @@ def claimed(
     with at_work(folder, "run" if shard[1] == 1 else f"run-{shard[0]}-of-{shard[1]}", job):
         with at_work(folder, "settings", job, wait=60): _settle(folder, settings, pattern, force, job, what)
         yield
+
+# %% ../nbs/00b_files.ipynb #321772f2
+def write_report(
+    folder: Path,             # of the results
+    shard: tuple[int, int],   # (rank, number of processes)
+    skipped: list,            # (id, reason) of images that could not be done
+    unlabeled: list = (),     # ids of images without a class, for which there is nothing to do
+) -> None:
+    "Write `skipped-<rank>-of-<count>.json`, or remove it if there is nothing to say"
+    path = folder / f"skipped-{shard[0]}-of-{shard[1]}.json"
+    if not skipped and not unlabeled: path.unlink(missing_ok=True); return
+    atomic_write(path, lambda f: f.write(json.dumps(dict(skipped=skipped, unlabeled=unlabeled), indent=1, ensure_ascii=False).encode(errors="replace")))
+
+def read_reports(
+    folder: str | Path,         # of the results
+) -> tuple[dict, set]:          # {id: reason}, and ids of images without a class
+    "What the processes that filled a folder have left out"
+    skipped, unlabeled = {}, set()
+    for path in sorted(Path(folder).glob("skipped-*-of-*.json")):
+        told = read_json(path)
+        try: skipped.update({str(i): str(why) for i, why in told.get("skipped", ())}); unlabeled.update(map(str, told.get("unlabeled", ())))
+        except (TypeError, ValueError) as e: raise ValueError(f"{path} is no report of skipped images ({e}); delete it and run the stage again") from e
+    return skipped, unlabeled
+
+# %% ../nbs/00b_files.ipynb #0cb8803d
+_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # no space; quota reached
+_TRIED = 20  # so many images left out, and none done: the settings are wrong, not the images
+
+def why_left_out(
+    error: Exception,  # what went wrong with one image
+) -> str:              # the reason in words
+    "The words of an error; a full disk, which is no fault of an image, is raised again"
+    if isinstance(error, OSError) and error.errno in _FULL: raise error
+    return str(error) or type(error).__name__
+
+class Account:
+    "What became of the images so far"
+    def __init__(self,
+        there: int = 0,  # how many were done before
+    ): self.there, self.computed, self.skipped, self.unlabeled, self.notes = there, 0, [], [], []
+
+    def add(self,
+        name: str,                # id of the image
+        skipped: str | None = None, # why it was left out
+        unlabeled: bool = False,  # it has no class
+        note: str | None = None,  # something to be said about its result
+    ) -> None:
+        "One image more"
+        if skipped is not None: self.skipped.append((name, skipped))
+        elif unlabeled: self.unlabeled.append(name)
+        else: self.computed += 1
+        if note: self.notes.append(note)
+        if len(self.skipped) == _TRIED: self.check()
+
+    def check(self) -> None:
+        "`ValueError` if nothing could be done"
+        if self.computed or self.there or not self.skipped: return
+        name, why = min(self.skipped)
+        more = f" (the same with all {len(self.skipped)} images that were tried)" if len(self.skipped) > 1 else ""
+        raise ValueError(f"{'' if name in why else f'image {name}: '}{why}{more}")
 
 # %% ../nbs/00b_files.ipynb #bd90a7a7
 def follow_parent() -> None:
