@@ -27,8 +27,8 @@ from tqdm.auto import tqdm
 from .conformer import Conformer
 from .data import TrainViews, to_tensor
 from .devices import PRECISIONS
-from .scenes import atomic_write
-from .training import arithmetic, difference, make_accelerator, origin, precision_name
+from .training import arithmetic, make_accelerator, origin, precision_name
+from .files import atomic_write, difference, one_at_a_time
 
 # %% ../nbs/04_classifier.ipynb #a9777ff0
 def bce_loss(logits:Tensor, # (B,K) one logit per class
@@ -437,6 +437,7 @@ def _loader(acc, ds, c):
     return views, order, loader
 
 # %% ../nbs/04_classifier.ipynb #8a536d85
+@one_at_a_time()
 def fit(task:nn.Module, # MultiLabel, SingleLabel or another module with `model`, `forward(x, y) -> dict of losses`, and maybe `optimizer(config, total)`
         ds, # data set with `ds[i] -> Sample`
         config:TrainConfig, # settings

@@ -31,10 +31,11 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from .classifier import EpochBatches, PolySGD, save_weights
 from .crf import IRN as CRF_OF_IRN, dense_crf, unary_from_labels
-from .data import to_tensor
-from .scenes import atomic_write
+from .data import to_tensor, check_png, image_of, weak_of
+from .scenes import Sample
 from .seeds import Seed, load_seed, save_seed
-from .training import arithmetic, difference, make_accelerator, model_fingerprint, origin, precision_name, untouched
+from .training import arithmetic, make_accelerator, model_fingerprint, origin, precision_name, untouched
+from .files import Account, atomic_write, claimed, dead_workers_in_words, difference, follow_parent, one_at_a_time, why_left_out, write_report
 from .viz import palette
 
 # %% ../nbs/11_irnet.ipynb #6c036a98
@@ -581,6 +582,10 @@ def _pair_view(image, label, crop, scale, rng):
     return (view.flip(-1), marks.flip(-1)) if flip else (view, marks)
 
 # %% ../nbs/11_irnet.ipynb #e0eca148
+def _sample(ds, i, whole):
+    "Item i, with its mask only if somebody asks for it"
+    return ds[i] if whole else Sample(ds.ids[i], *weak_of(ds, i), None)
+
 class IRViews(Dataset):
     "Random views of images with IR labels; item i of an epoch depends on (seed, epoch, i) only"
     def __init__(self,
@@ -605,7 +610,7 @@ class IRViews(Dataset):
         return label
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        s, rng = self.ds[i], np.random.default_rng((self.seed, int(self._epoch), i))
+        s, rng = _sample(self.ds, i, callable(self.labels)), np.random.default_rng((self.seed, int(self._epoch), i))
         return _pair_view(s.image, self.label(s), self.crop, self.scale, rng)
 
 # %% ../nbs/11_irnet.ipynb #13eb81da
@@ -709,6 +714,7 @@ def _run_settings(model, ds, labels, c, acc):
                        **origin(model, acc.device, precision_name(c.mixed_precision), *code))
 
 # %% ../nbs/11_irnet.ipynb #74343817
+@one_at_a_time()
 def train_irnet(
     model: IRNet,                      # its heads are trained, its backbone is not
     ds: Any,                           # data set: `len`, `ds[i] -> Sample`, `classes`, `fingerprint()`
@@ -762,7 +768,7 @@ def set_mean_shift(
     for start in range(0, len(ds), batch):
         x = torch.zeros(min(batch, len(ds) - start), 3, crop, crop)
         for j in range(len(x)):
-            part = to_tensor(ds[start + j].image[:crop, :crop].copy())
+            part = to_tensor(image_of(ds, start + j)[:crop, :crop].copy())
             x[j, :, :part.shape[1], :part.shape[2]] = part
         means.append(model(x.to(device))[1].mean((0, 2, 3)))
     model.mean_shift.running_mean.copy_(torch.stack(means).mean(0))
@@ -866,37 +872,23 @@ def smooth_mask(
     q = dense_crf(unary_from_labels(index, len(names), gt_prob=.7, ignore=255), image, **(CRF_OF_IRN | crf))
     return names[np.asarray(q).argmax(0)].astype(np.uint8)
 
-# %% ../nbs/11_irnet.ipynb #06be534a
-def _open_folder(out, settings, force):
-    "Write settings.json, or compare with the one that is there; `force` drops masks made with other settings"
-    path, settings = out/"settings.json", json.loads(json.dumps(settings))
-    if path.exists():
-        try: old = json.loads(path.read_text())
-        except ValueError: old = {"settings.json": "unreadable"}
-        if old != settings and not force:
-            odd = "; ".join(f"{k}: {old.get(k)!r} there, {settings.get(k)!r} now" for k in sorted(old.keys() | settings.keys()) if old.get(k) != settings.get(k))
-            raise ValueError(f"{out} holds files made with other settings ({odd}); choose another folder, or pass force=True to replace them")
-        if old != settings:
-            for f in out.glob("*.png"): f.unlink()
-    atomic_write(path, lambda f: f.write(json.dumps(settings, indent=1).encode()))
-
 # %% ../nbs/11_irnet.ipynb #49f6ef80
 def _missing(ds, out):
     "Indices of the images without a readable PNG"
-    todo = []
+    todo, remedy = [], "delete it and run it again"
     for i, name in enumerate(ds.ids):
         path = out/f"{name}.png"
         if not path.exists(): todo.append(i); continue
-        try: _read_png(path, "mask", "it")
+        try: check_png(path, "mask", remedy)
         except ValueError as e:
             print(f"redone: {e}")
             todo.append(i)
     return todo
 
 # %% ../nbs/11_irnet.ipynb #60361b1b
-def _seed_of(ds, i, seed_dir):
-    "Image and seed of index i, checked against each other"
-    sample, path = ds[i], Path(seed_dir)/f"{ds.ids[i]}.npz"
+def _seed_of(ds, i, seed_dir, whole=False):
+    "Image and seed of index i, checked against each other; `whole`: also its mask"
+    sample, path = _sample(ds, i, whole), Path(seed_dir)/f"{ds.ids[i]}.npz"
     seed, name = load_seed(path), f"seed {path}"
     _check_maps(seed.cam, seed.keys, sample.image.shape[:2], len(ds.classes), name, quarter=True)
     other = [int(k) for k in seed.keys if not sample.label[k]]
@@ -905,7 +897,8 @@ def _seed_of(ds, i, seed_dir):
 
 # %% ../nbs/11_irnet.ipynb #c9fec119
 def _check_seeds(ds, seed_dir):
-    lost = [n for n in ds.ids if not (Path(seed_dir)/f"{n}.npz").is_file()]
+    there = {e.name for e in os.scandir(seed_dir)} if os.path.isdir(seed_dir) else set()
+    lost = [n for n in ds.ids if f"{n}.npz" not in there]
     if lost: raise FileNotFoundError(f"{seed_dir} lacks {len(lost)} of {len(ds)} seeds, first {lost[0]}.npz; run extract_dataset on the same data, or take the part of the data that has seeds")
 
 # %% ../nbs/11_irnet.ipynb #f1629b1b
@@ -921,28 +914,44 @@ def _alone(work, *args):
     return [str(w.message) for w in said if "zero everywhere" in str(w.message)]
 
 # %% ../nbs/11_irnet.ipynb #94d22417
+def _attempt(i, work, args):
+    "Work on one image: (index, why it was left out or None, notes)"
+    try: return i, None, _alone(work, *args)
+    except (ValueError, OSError, MemoryError) as e: return i, why_left_out(e), []
+
+def _ready(todo, prepare, done):
+    "prepare(i) of one image after the other; one that fails is reported to `done`"
+    for i in todo:
+        try: args = prepare(i)
+        except (ValueError, OSError, MemoryError) as e: done((i, why_left_out(e), [])); continue
+        yield i, args
+
 def _all_images(todo, prepare, work, processes, done):
-    "prepare(i) here, work(*args) in the workers, a small portion at a time; `done(notes)` after each image"
+    "prepare(i) here, work(*args) in the workers, a small portion at a time; `done((i, reason, notes))` after each image"
     if processes == 1:
-        for i in todo: done(_alone(work, *prepare(i)))
+        for i, args in _ready(todo, prepare, done): done(_attempt(i, work, args))
         return
-    with Parallel(processes, return_as="generator_unordered", max_nbytes=None) as pool:
+    with dead_workers_in_words(), Parallel(processes, return_as="generator_unordered", max_nbytes=None, initializer=follow_parent) as pool:
         for at in range(0, len(todo), 8*processes):
-            jobs = [delayed(_alone)(work, *prepare(i)) for i in todo[at:at + 8*processes]]
-            for notes in pool(jobs): done(notes)
+            jobs = [delayed(_attempt)(i, work, args) for i, args in _ready(todo[at:at + 8*processes], prepare, done)]
+            for result in pool(jobs): done(result)
 
 # %% ../nbs/11_irnet.ipynb #77878f16
-def _make_folder(ds, out, settings, prepare, work, processes, force, progress, what):
+def _make_folder(ds, out, settings, prepare, work, processes, force, progress, what, shard=(0, 1)):
     "The common part of the two functions below: guard, what is missing, bar, workers, warnings"
     processes = processes or os.cpu_count()
-    _open_folder(out, settings, force)
-    todo, empty = _missing(ds, out), []
-    with tqdm(total=len(ds), initial=len(ds) - len(todo), desc=what, unit="image", disable=not progress) as bar:
-        def done(notes):
-            empty.extend(notes); bar.update()
-        _all_images(todo, prepare, work, min(processes, len(todo)) or 1, done)
-    for note in empty: warnings.warn(note)
-    return dict(computed=len(todo), cached=len(ds) - len(todo), empty=len(empty))
+    with claimed(out, settings, "*.png", shard=shard, force=force):
+        todo = _missing(ds, out)
+        account = Account(there=len(ds) - len(todo))
+        with tqdm(total=len(ds), initial=account.there, desc=what, unit="image", disable=not progress) as bar:
+            def done(result):
+                i, skipped, notes = result
+                account.add(ds.ids[i], skipped, note=notes[0] if notes else None); bar.update()
+            _all_images(todo, prepare, work, min(processes, len(todo)) or 1, done)
+        account.check()
+        write_report(out, shard, sorted(account.skipped))
+    for note in account.notes: warnings.warn(note)
+    return dict(computed=account.computed, cached=account.there, empty=len(account.notes), skipped=sorted(account.skipped))
 
 # %% ../nbs/11_irnet.ipynb #55d44d9f
 def _label_file(path, seed, image, name, options): save_mask(path, ir_label(seed.high_res, seed.keys, image, name=name, **options))
@@ -958,8 +967,8 @@ def make_ir_labels(
     force: bool = False,          # replace labels made with other settings
     progress: bool = True,        # show a bar with the time left
     **crf: Any,                   # other keywords of `dense_crf`
-) -> dict[str, int]:              # how many were computed, were there, and came from an empty seed
-    "IR labels of a whole data set, resumable. Scripts need the usual `if __name__ == '__main__':`."
+) -> dict:                        # computed, cached, empty: how many were made, were there, came from an empty seed; skipped: [(id, reason)]
+    "IR labels of a whole data set, resumable. An image that cannot be done is left out and named. Scripts need the usual `if __name__ == '__main__':`."
     out, options = Path(out), dict(fg=fg, bg=bg, **crf)
     _check_seeds(ds, seed_dir)
     def prepare(i):
@@ -986,14 +995,14 @@ def make_pseudo_masks(
     processes: int|None = None,       # worker processes for the walks; None takes all cores. The network runs in this process, on its device
     force: bool = False,              # replace masks made with other settings
     progress: bool = True,            # show a bar with the time left
-) -> dict[str, int]:                  # how many were computed, were there, and came from an empty seed
-    "Pseudo masks of a whole data set as palette PNGs, resumable. Scripts need the usual `if __name__ == '__main__':`."
+) -> dict:                            # computed, cached, empty: how many were made, were there, came from an empty seed; skipped: [(id, reason)]
+    "Pseudo masks of a whole data set as palette PNGs, resumable. An image that cannot be done is left out and named. Scripts need the usual `if __name__ == '__main__':`."
     out, options = Path(out), dict(power=power, background=background, radius=radius, beta=beta, exp_times=exp_times)
     _check_seeds(ds, seed_dir)
     if isinstance(edges, nn.Module): source, find = model_fingerprint(edges.eval()), lambda s: edge_map(edges, s.image)
     else: source, find = getattr(edges, "__name__", str(edges)), edges or (lambda s: None)
     def prepare(i):
-        sample, seed, name = _seed_of(ds, i, seed_dir)
+        sample, seed, name = _seed_of(ds, i, seed_dir, whole=edges is not None and not isinstance(edges, nn.Module))
         return out/f"{sample.id}.png", seed, find(sample), sample.image if crf else None, sample.image.shape[:2], name, options
     settings = options | dict(kind="pseudo masks", crf=crf, data=ds.fingerprint(), seeds=_folder_settings(seed_dir), edges=source)
     return _make_folder(ds, out, settings, prepare, _mask_file, processes, force, progress, "pseudo masks")

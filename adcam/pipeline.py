@@ -28,9 +28,9 @@ from .cam import ad_cam, ad_cam_grid, attention_received, co_neighbor, normalize
 from .cnn import shipped_weights
 from .conformer import Maps, conformer_mini, conformer_small
 from .evaluation import Sweep, side_by_side
-from .scenes import atomic_write
 from .training import code_hash, device_of
-from .seeds import METHODS, _follow_parent, positive_classes, resolve, view
+from .seeds import METHODS, positive_classes, resolve, view
+from .files import atomic_write, dead_workers_in_words, follow_parent
 
 # %% ../nbs/13_pipeline.ipynb #e2a04a7a
 def project_root() -> Path:
@@ -479,7 +479,7 @@ _job: dict = {}  # what a worker process was started with
 # %% ../nbs/13_pipeline.ipynb #5d54c514
 def _open(build: Callable, checkpoints: list, ds: Any, points: list, thresholds: tuple, long_side: int) -> None:
     "Start of a process: one thread, networks from their files"
-    _follow_parent()
+    follow_parent()
     torch.set_num_threads(1)
     networks = [build(len(ds.classes), checkpoint=c).eval() for c in checkpoints]
     _job.update(networks=networks, ds=ds, points=points, thresholds=thresholds, long_side=long_side)
@@ -502,7 +502,7 @@ def _chunks(indices: list, processes: int, start: tuple, size: int = 5):
             for p in parts: yield len(p), _chunk(p)
         finally: torch.set_num_threads(threads); _job.clear()
         return
-    with ProcessPoolExecutor(processes, mp.get_context("spawn"), initializer=_open, initargs=start) as pool:
+    with dead_workers_in_words("Nothing of this measurement was stored: run it again"), ProcessPoolExecutor(processes, mp.get_context("spawn"), initializer=_open, initargs=start) as pool:
         jobs = {pool.submit(_chunk, p): len(p) for p in parts}
         try:
             for j in as_completed(jobs): yield jobs[j], j.result()

@@ -24,13 +24,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 from .classifier import _train_mode, _whole_batch, _write_run, save_weights
 from .crf import DEEPLAB, dense_crf, unary_from_logits
-from .data import read_mask
+from .data import Skipped, image_of, mask_of, read_mask
 from .deeplab import poly_rate, segmentation_loss
 from .devices import PRECISIONS
 from .evaluation import confusion, scores
 from .irnet import MAX_SIDE, _label_source, _make_folder, save_mask
-from .scenes import atomic_write
-from .training import arithmetic, difference, make_accelerator, model_fingerprint, origin, precision_name
+from .scenes import Sample
+from .training import arithmetic, make_accelerator, model_fingerprint, origin, precision_name
+from .files import atomic_write, difference, one_at_a_time, why_left_out
 
 # %% ../nbs/12b_segment.ipynb #85e3e0e5
 def training_view(
@@ -186,6 +187,10 @@ class Stream(Sampler):
             yield [self._place(p) for p in range(first, first + self.share)]
 
 # %% ../nbs/12b_segment.ipynb #382da7d1
+def _pictured(ds, i, masks):
+    "Item i as the masks need it: a function may ask for anything, a folder only for the image"
+    return ds[i] if callable(masks) else Sample(ds.ids[i], image_of(ds, i), None, None)
+
 class SegViews(Dataset):
     "Views of images and masks; the view of (epoch, index) depends on these and the seed alone"
     def __init__(self,
@@ -203,7 +208,7 @@ class SegViews(Dataset):
 
     def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, Tensor]:
         (epoch, i), c = place, self.config
-        s = self.ds[self.indices[i]]
+        s = _pictured(self.ds, self.indices[i], self.masks)
         rng = np.random.default_rng((c.seed, 1, epoch, self.indices[i]))
         return training_view(s.image, load_mask(self.masks, s, self.num_classes), c.crop, c.scales, rng, self.preprocess, self.pad_value)
 
@@ -409,6 +414,7 @@ def _loop(acc, net, optimizer, loader, run, c, val, out, share, bar, curves):
         _begin(net, c)
 
 # %% ../nbs/12b_segment.ipynb #0ae0232d
+@one_at_a_time()
 def train_segmentation(
     net: nn.Module,                    # network with the contract above; it is trained in place
     ds: Any,                           # data set: `len`, `ds[i] -> Sample`, `ids`, `classes`, `fingerprint()`
@@ -504,18 +510,18 @@ def predict_dataset(
     force: bool = False,           # replace predictions made with other settings
     progress: bool = True,         # show a bar with the time left
     **options: Any,                # of `refine`
-) -> dict[str, int]:               # how many were computed and were there
-    "Predict a data set to palette PNGs, resumable. Scripts need the usual `if __name__ == '__main__':`."
+) -> dict:                         # computed, cached: how many were made and were there; skipped: [(id, reason)]
+    "Predict a data set to palette PNGs, resumable. An image that cannot be done is left out and named. Scripts need the usual `if __name__ == '__main__':`."
     if not len(ds): raise ValueError("there is nothing to predict: the list of images is empty; check --data, --split and the list file")
     if not 0 <= shard[0] < shard[1]: raise ValueError(f"shard is {shard}; give (rank, count) with 0 <= rank < count")
     net, out = net.eval(), Path(out)
     part = _Part(ds, range(shard[0], len(ds), shard[1]))
     def prepare(i):
-        s = ds[part.indices[i]]
-        return out/f"{s.id}.png", predict_logits(net, s.image).numpy(), s.image, crf, options
+        image = image_of(ds, part.indices[i])
+        return out/f"{part.ids[i]}.png", predict_logits(net, image).numpy(), image, crf, options
     settings = options | dict(kind="predictions", crf=crf, data=ds.fingerprint(), network=model_fingerprint(net))
-    done = _make_folder(part, out, settings, prepare, _prediction_file, processes, force, progress, "predict")
-    return dict(computed=done["computed"], cached=done["cached"])
+    done = _make_folder(part, out, settings, prepare, _prediction_file, processes, force, progress, "predict", shard)
+    return dict(computed=done["computed"], cached=done["cached"], skipped=done["skipped"])
 
 class _Part:
     "Ids of a shard"
@@ -523,17 +529,25 @@ class _Part:
     def __len__(self): return len(self.ids)
 
 # %% ../nbs/12b_segment.ipynb #d86fd92b
+def _compared(path, name, mask, K):
+    "Confusion matrix of one prediction"
+    if not path.is_file(): raise FileNotFoundError(f"no prediction {path}; run predict_dataset (adcam segment predict) on the same images")
+    if mask is None: raise ValueError(f"image {name} has no mask to compare with; score another split, or send the predictions to the test server (voc_archive)")
+    return confusion(read_mask(path, K, mask.shape), mask, K)
+
 def score_predictions(
     folder: str|Path,          # of `predict_dataset`
     ds: Any,                   # data set with masks
+    skipped: list|None = None, # where to note images that cannot be compared; None: the first one is an error
 ) -> dict:                     # of `adcam.evaluation.scores`: miou, iou (C,), f1, pixel_accuracy, ...
     "Compare predictions with masks. Raises an error that names the image for a missing or damaged file, another size, or an image without a mask."
     C, K = 0, len(ds.classes)
     for i, name in enumerate(ds.ids):
-        path, s = Path(folder)/f"{name}.png", ds[i]
-        if not path.is_file(): raise FileNotFoundError(f"no prediction {path}; run predict_dataset (adcam segment predict) on the same images")
-        if s.mask is None: raise ValueError(f"image {name} has no mask to compare with; score another split, or send the predictions to the test server (voc_archive)")
-        C = C + confusion(read_mask(path, K, s.mask.shape), s.mask, K)
+        try: C = C + _compared(Path(folder)/f"{name}.png", name, mask_of(ds, i), K)
+        except (ValueError, OSError) as e:
+            if skipped is None: raise
+            skipped.append(Skipped(name, why_left_out(e)))
+    if not np.ndim(C): raise ValueError(f"none of the {len(ds)} images can be compared. " + (f"The first, {skipped[0].id}: {skipped[0].reason}" if skipped else ""))
     return scores(C)
 
 # %% ../nbs/12b_segment.ipynb #b7faafbc
