@@ -113,7 +113,8 @@ def patch_attention(
     "The paper's attention matrix A: mean over blocks, class token cut, rows sum to 1 (paper 4.2; spec B.3, B.4)"
     _choice("renorm", renorm, ("after_mean", "per_layer", "none"))
     blocks = _blocks(_check_attention(attn), layers).unbind(1)              # L times (B,1+N,1+N)
-    A = _block_sum(blocks, _unit_rows if renorm == "per_layer" else lambda A: A).div_(len(blocks))  # (B,N,N)
+    A = _block_sum(blocks, _unit_rows if renorm == "per_layer" else lambda A: A)  # (B,N,N)
+    if len(blocks) > 1: A.div_(len(blocks))                                       # (B,N,N)
     return _unit_rows(A, own=True) if renorm == "after_mean" else A
 
 # %% ../nbs/05_cam.ipynb #46ff9a52
