@@ -795,7 +795,7 @@ def random_pixels(image:np.ndarray, # (H,W,3) uint8
     "`random_view` before normalization"
     part, (y, x) = _random_part(image, crop, resize, rng)
     (h, w), pixels = part.shape[:2], torch.zeros(crop, crop, 3, dtype=torch.uint8)
-    pixels[y:y+h, x:x+w] = torch.from_numpy(np.ascontiguousarray(part))
+    pixels.numpy()[y:y+h, x:x+w] = part
     return pixels, torch.tensor([y, y+h, x, x+w], dtype=torch.int32)
 
 # %% ../nbs/02_data.ipynb #6d3cb80a

@@ -116,7 +116,7 @@ def view_pixels(
     (h, w), (H, W) = view_size(image.shape[:2], scale, stride, size_mode)
     if (h, w) != image.shape[:2]: image = np.asarray(Image.fromarray(image).resize((w, h), Image.Resampling.BICUBIC))
     pixels = torch.zeros(H, W, 3, dtype=torch.uint8)                         # (H,W,3)
-    pixels[:h, :w] = torch.from_numpy(np.ascontiguousarray(image))
+    pixels.numpy()[:h, :w] = image
     return pixels
 
 # %% ../nbs/08_seeds.ipynb #7d5fca5d
@@ -266,7 +266,6 @@ class Plan(NamedTuple):
 @functools.lru_cache(1024)
 def _plans(size: tuple[int, int], scales: tuple, stride: int, size_mode: str) -> tuple[Plan, ...]:
     "The views of a photograph of this size"
-    if not scales: raise ValueError("scales is empty; give at least one factor, e.g. (1.0,)")
     sizes = [view_size(size, s, stride, size_mode) for s in scales]
     return tuple(Plan(padded, picture_tokens(plain, stride) if _mode(size_mode) == "pad" else None) for plain, padded in sizes)
 
@@ -644,11 +643,13 @@ def _report(out_dir: Path, shard: tuple[int, int], skipped: list, unlabeled: lis
     atomic_write(path, lambda f: f.write(json.dumps(dict(skipped=skipped, unlabeled=unlabeled), indent=1, ensure_ascii=False).encode()))
 
 # %% ../nbs/08_seeds.ipynb #e5fdda89
-def _check_run(model: nn.Module, ds: Any, processes: int, threads: int, shard: tuple[int, int], precision: str) -> None:
+def _check_run(model: nn.Module, ds: Any, processes: int, threads: int, shard: tuple[int, int], precision: str, scales: tuple, batch: int | None) -> None:
     "Refuse settings that would fail for every image"
     if processes < 1 or threads < 1: raise ValueError(f"processes and threads must be at least 1, got {processes} and {threads}")
     if not 0 <= shard[0] < shard[1]: raise ValueError(f"shard is (rank, count) with 0 <= rank < count, got {shard}")
     if len(ds.classes) != model.num_classes: raise ValueError(f"the data set has {len(ds.classes)} classes, the network {model.num_classes}; load weights that were trained on this data set")
+    if not len(scales): raise ValueError("scales is empty; give at least one factor, e.g. (1.0,)")
+    if batch is not None and batch < 1: raise ValueError(f"batch must be at least 1, got {batch}")
     check_precision(precision, next(model.parameters()).device)
 
 # %% ../nbs/08_seeds.ipynb #3a61b3d5
@@ -690,10 +691,10 @@ def extract_dataset(
     "Seeds of a whole data set, resumable. Images that cannot be read are skipped and reported. Scripts that ask for several processes need the usual `if __name__ == '__main__':`."
     f, device = resolve(method, options), next(model.parameters()).device
     shard = launched() if shard is None else shard
-    _check_run(model, ds, processes, threads, shard, precision)
-    out_dir, extraction = Path(out_dir), dict(method=method, scales=tuple(scales), flip=flip, size_mode=_mode(size_mode), **options)
-    if batch is not None and batch < 1: raise ValueError(f"batch must be at least 1, got {batch}")
+    _check_run(model, ds, processes, threads, shard, precision, scales, batch)
     together = not _of_image(f) and (device.type == "cuda" if batch is None else batch > 1)
+    workers = _loaders(workers, processes, together, device)
+    out_dir, extraction = Path(out_dir), dict(method=method, scales=tuple(scales), flip=flip, size_mode=_mode(size_mode), **options)
     if precision != "fp32": extraction["precision"] = precision
     settings = {k: v for k, v in extraction.items() if k != "precision"} | _where(device, precision)
     _guard(out_dir, settings | dict(data=ds.fingerprint(), network=model_fingerprint(model)), force)
@@ -701,7 +702,7 @@ def extract_dataset(
     runs = _runs(list(range(shard[0], len(ds), shard[1])), todo) if together else None
     there, done = len(range(shard[0], len(ds), shard[1])) - len(todo), []
     title = f"seeds {method}" + (f" {shard[0] + 1}/{shard[1]}" if shard[1] > 1 else "")
-    start = model.eval(), ds, out_dir, extraction, threads, batch, _loaders(workers, processes, together, device)
+    start = model.eval(), ds, out_dir, extraction, threads, batch, workers
     with _laid_out(model, precision), tqdm(total=len(todo) + there, initial=there, desc=title, unit="image", disable=not progress) as bar:
         for d in _results(todo, min(processes, len(todo)) or 1, start, runs): done.append(d); bar.update()
     skipped, unlabeled = sorted((d.id, d.skipped) for d in done if d.skipped), sorted(d.id for d in done if d.unlabeled)
