@@ -31,10 +31,10 @@ WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count() or 1, 8))')
 QUIET     := 2> >(grep -v 'over TCP without encryption' >&2)
 PAPERMILL := $(BIN)papermill -k python3 --no-progress-bar --start-timeout 180 --execution-timeout 3600
 
-.PHONY: help install figure4 table3 fig1 fig5 fig6 theorem41 table1 table2 coco photos results checkpoints bench test check readme clean
+.PHONY: help install figure4 table3 fig1 fig5 fig6 theorem41 table1 table2 coco photos results checkpoints bench bench-gpu test check readme clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z][a-z0-9]*:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z][a-z0-9-]*:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 ifneq ($(READY),)
 $(READY): pyproject.toml $(CONSTRAINTS)
@@ -103,7 +103,10 @@ checkpoints: install ## train the three seeds anew, with and without stop-gradie
 
 bench: install ## measure speed ratios: results/mini/bench.json, and results/bench for each tools/bench/*.py
 	$(PY) -m adcam.cli bench --out $(OUT)
-	for script in tools/bench/*.py; do OMP_NUM_THREADS=1 $(PY) $$script || exit 1; done
+	for script in $(filter-out tools/bench/gpu.py,$(wildcard tools/bench/*.py)); do OMP_NUM_THREADS=1 $(PY) $$script || exit 1; done
+
+bench-gpu: install ## speed and correctness on one GPU: results/bench/gpu.json (three minutes; ROWS=a,b takes only rows named so)
+	$(PY) tools/bench/gpu.py $(if $(ROWS),--rows "$(ROWS)")
 
 test: install ## module notebooks, then pytest, which also runs every figure notebook at smoke size
 	OMP_NUM_THREADS=1 $(BIN)nbdev_test --path nbs --skip_folder_re '^[_.]|^paper$$' --n_workers $(WORKERS) --timing

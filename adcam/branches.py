@@ -13,7 +13,7 @@ from timm.layers import DropPath
 from torch import nn, Tensor
 from torch.overrides import TorchFunctionMode
 from .cam import _blocks
-from .conformer import Maps
+from .conformer import Maps, whole_attention
 
 # %% ../nbs/06_branches.ipynb #254fa581
 def _bias(mask, q, k):
@@ -27,6 +27,7 @@ def _attend(q, k, v, mask=None, dropout=0., scale=None):
     "Output (B,heads,n,d) and head-mean attention (B,n,n); q, k, v are (B,heads,n,d)"
     scale, out, mean = q.shape[-1]**-.5 if scale is None else scale, [], 0
     bias = None if mask is None else _bias(mask, q, k)                       # (B,heads,n,n)
+    if q.is_cuda: return whole_attention(q, k, v, scale, bias, dropout)      # a GPU wants few large operations
     for h in range(q.shape[1]):
         z = scale*q[:, h] @ k[:, h].mT                                       # (B,n,n)
         if bias is not None: z = z + bias[:, h]
