@@ -6,7 +6,7 @@
 __all__ = ['BLOCKS', 'WHY', 'CODE', 'Plan', 'plan_dict', 'as_plan', 'shared_maps', 'block_means', 'stacked_points', 'count_maps',
            'score_counts', 'attention_numbers', 'Source', 'Workers', 'check_photographs', 'count_list', 'merge_chunks',
            'best_thresholds', 'list_rows', 'mean_average_precision', 'Counts', 'load_counts', 'other_list',
-           'counts_rows', 'ledger', 'why_rows', 'recipe', 'train_one']
+           'counts_rows', 'ledger', 'photograph_rows', 'median_photographs', 'why_rows', 'recipe', 'train_one']
 
 # %% ../nbs/13e_voc.ipynb #c6e87c9d
 import hashlib, json, math, os, time
@@ -429,7 +429,7 @@ def load_counts(
         found.append(Counts(about["state"], about["list"], about, arrays))
     odd = {(c.about["network"], c.about["source"]["cnn"], c.about["source"]["num_classes"]) for c in found}
     if len(odd) > 1: raise ValueError(f"{folder} holds counts of different networks: {', '.join(str(o[0]) for o in odd)}; keep each in a folder of its own")
-    return sorted(found, key=lambda c: (c.state != "frozen", c.state, -len(c.arrays["each_ids"])))
+    return sorted(found, key=lambda c: (c.state != "frozen", c.state, "each_tp" not in c.arrays))
 
 # %% ../nbs/13e_voc.ipynb #100d762e
 def other_list(
@@ -456,6 +456,30 @@ def ledger(
     rows = [dict(branch=b, network=n, weights=about["source"][w][:12], saw=saw.get(w, "not said")) for b, n, w in zip(("CNN (class maps)", "ViT (attention)"), names, ("cnn", "vit"))]
     told = ["image labels, for training the CNN; masks, for the scores and the oracle threshold", "masks, for thresholds, k, T and blocks"]
     return rows + [dict(branch=f"list {name}", network="", weights="", saw=f"{n} photographs: {t}") for (name, n), t in zip(lists, told)]
+
+def photograph_rows(
+    c: Counts,                    # of a list whose photographs were kept
+    network: int = 0,             # which of the training seeds
+) -> list[dict]:                  # image, cls, blocks, method, k, steps, direction, fp, fn, iou (fractions of the union), fp_pixels, fn_pixels, gt_pixels
+    "Errors of every photograph and class of its label, at the thresholds that the other list prefers"
+    a, classes, rows = c.arrays, c.about["classes"], []
+    if "each_tp" not in a: raise ValueError(f"the counts of {c.state} {c.split} hold no single photographs; those of the list that was counted second do")
+    for i, k in zip(*np.nonzero((a["each_labels"] > 0) & (a["each_gt"][:, 1:] > 0))):
+        tp, pred, gt = a["each_tp"][i, ..., network, k + 1], a["each_pred"][i, ..., network, k + 1], int(a["each_gt"][i, k + 1])  # (B,R) each
+        for (b, r), t in np.ndenumerate(tp):
+            union = gt + int(pred[b, r]) - int(t)
+            rows.append(dict(image=str(a["each_ids"][i]), cls=classes[k], blocks=BLOCKS[b], **c.plan.shown[r]._asdict(), fp=(int(pred[b, r]) - int(t)) / union, fn=(gt - int(t)) / union,
+                             iou=int(t) / union, fp_pixels=int(pred[b, r]) - int(t), fn_pixels=gt - int(t), gt_pixels=gt))
+    return rows
+
+def median_photographs(
+    rows: list[dict],          # from `photograph_rows`
+    classes: list[str],        # names of classes
+) -> dict[str, str]:           # class -> image; a class without photographs is left out
+    "For each class the photograph on which CAM does as well as it does in the middle: a choice that no one can tune"
+    cam = [r for r in rows if r["method"] == "cam" and r["blocks"] == "all"]
+    of = {c: sorted((r for r in cam if r["cls"] == c), key=lambda r: (r["iou"], r["image"])) for c in classes}
+    return {c: rs[(len(rs) - 1) // 2]["image"] for c, rs in of.items() if rs}
 
 def why_rows(
     found: list[Counts],  # from `load_counts`
