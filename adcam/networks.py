@@ -19,7 +19,7 @@ from .baselines.recam import KEY, load_recam
 from .branches import TwoBranch
 from .classifier import TrainConfig, bce_loss, fit, train
 from .cnn import CamNet, cam_resnet50, load_cam, resnet_mini, train_cam
-from .scenes import atomic_write
+from .files import atomic_write
 
 # %% ../nbs/09e_networks.ipynb #8f08462f
 SIZES = ("mini", "tiny", "small", "base")

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.multiprocessing as mp
-from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -26,9 +25,10 @@ from .cam import attention_received, co_neighbor, patch_attention, same_object_a
 from .classifier import TrainConfig
 from .conformer import Maps
 from .data import Subset
+from .devices import pick_device, tf32
 from .networks import build_network, load_network, save_network, train_branch
 from .pipeline import Point, code_hash, file_sha256, patch_labels, point_maps, upsample
-from .scenes import atomic_write
+from .files import atomic_write
 from .seeds import positive_classes, view, view_size
 
 # %% ../nbs/13e_voc.ipynb #6c05ba8e
@@ -240,7 +240,7 @@ class Source(NamedTuple):
     files: tuple = ()             # trained CNN branches, one per training seed; of `save_network(..., branch="cnn")`
     vit_file: str = ""            # a tuned ViT instead of the frozen one; of `save_network(..., branch="vit")`
 
-    def pairs(self, device: str = "cpu") -> list[TwoBranch]:
+    def pairs(self, device: Any = "cpu") -> list[TwoBranch]:
         "The pairs, one per trained CNN, with one ViT"
         made = [build_network(self.network, self.num_classes, cnn_weights=self.cnn_weights, vit_weights=self.vit_weights, weights=f, seed=0) for f in self.files]
         if self.vit_file: load_network(made[0], self.vit_file)
@@ -263,18 +263,19 @@ _job: dict = {}  # what a worker process was started with
 def _open(source: Source, plan: Plan, device: str, threads: int) -> None:
     "Start of a process"
     torch.set_num_threads(threads)
-    if device.startswith("cuda"): torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # maps equal to a CPU's up to rounding
-    _job.update(pairs=source.pairs(device), plan=plan, device=torch.device(device))
+    where = pick_device(device)
+    _job.update(pairs=source.pairs(where), plan=plan, device=where)
 
 def _chunk(ds: Any, indices: list[int], at: np.ndarray | None, path: Path, until: float) -> float:
     "Count some photographs into a file, unless the time is up; CPU seconds"
     if time.monotonic() > until: return 0.
     began, pairs, plan = time.process_time(), _job["pairs"], _job["plan"]
     sums = _Sums(plan, len(pairs), pairs[0].num_classes, _job["device"], at)
-    for i in indices:
-        sample = ds[i]
-        sums.clock("read")
-        _add_image(sums, pairs, sample, i % plan.why_every == 0)
+    with tf32(False):                                                        # maps equal to a CPU's up to rounding
+        for i in indices:
+            sample = ds[i]
+            sums.clock("read")
+            _add_image(sums, pairs, sample, i % plan.why_every == 0)
     out = _arrays(sums) | dict(seconds_cpu=np.array(time.process_time() - began))
     atomic_write(path, lambda f: np.savez(f, **out))
     return float(out["seconds_cpu"])
@@ -326,7 +327,7 @@ CODE = tuple(f"adcam.{m}" for m in ("branches", "cam", "conformer", "data", "pip
 def _name(workers: Workers, ds: Any, at: Any, chunk: int) -> str:
     "Hash of all that decides the counts of a list"
     told = dict(source=workers.source.prints(), data=ds.fingerprint(), plan=asdict(workers.plan), at=None if at is None else at.tolist(),
-                chunk=chunk, device=torch.device(workers.device).type, code=code_hash(*CODE))
+                chunk=chunk, device=pick_device(workers.device).type, code=code_hash(*CODE))
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 # %% ../nbs/13e_voc.ipynb #1ede673e
@@ -515,8 +516,7 @@ def train_one(
     if path.is_file(): return dict(file=path.name, steps=0, seconds=0., loss=None)
     began = time.perf_counter()
     pair = build_network(source.network, source.num_classes, cnn_weights=source.cnn_weights, vit_weights=source.vit_weights, seed=config.seed)
-    acc = Accelerator(mixed_precision=config.mixed_precision, cpu=device == "cpu")
-    history = train_branch(pair, ds, config, branch, progress=False, accelerator=acc)
+    history = train_branch(pair, ds, config, branch, progress=False, device=device)
     seconds, last = time.perf_counter() - began, [h["loss"] for h in history[-20:]]
     save_network(pair, path, source.network, branch, torch.float16, training=asdict(config), data=ds.fingerprint(), steps=len(history), seconds=round(seconds, 1))
     return dict(file=path.name, steps=len(history), seconds=round(seconds, 1), loss=sum(last) / len(last))

