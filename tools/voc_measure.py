@@ -11,7 +11,9 @@ Steps, in the order in which they are named; each goes on where it was stopped, 
     train    the CNN branch for every seed, and the ViT for every rate of --vit-rates: all at once, one process each
     count    frozen ViT: both lists, all seeds
     tuned    the two tuned ViTs: both lists, the first seed
-    all      the three of them
+    masks    IR labels, boundary networks and walks of the rows of Table 1 (after count)
+    segment  segmentation networks on the masks, and on the ground truth (after masks; needs segmentation_models_pytorch)
+    all      train, count, tuned
 
 `--tiny` makes its own drawn scenes and tiny random networks, to try the way in a minute.
 """
@@ -24,7 +26,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 import torch.multiprocessing as mp
-from adcam import voc
+from adcam import voc, voc_masks
 from adcam.data import Subset, VOCFolder
 from adcam.files import atomic_write
 from adcam.scenes import write_voc
@@ -37,7 +39,7 @@ PAIR = "tf_efficientnet_lite0+vit_small_patch14_dinov2"
 def options(argv=None):
     "The command line"
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("steps", nargs="+", choices=("train", "count", "tuned", "all"), help="what to do")
+    p.add_argument("steps", nargs="+", choices=("train", "count", "tuned", "masks", "segment", "all"), help="what to do")
     p.add_argument("--data", help="folder in PASCAL VOC layout, with masks")
     p.add_argument("--network", default=PAIR, help="CNN+VIT, timm names")
     p.add_argument("--cnn-weights", default="", help="pre-trained file of the CNN")
@@ -53,12 +55,16 @@ def options(argv=None):
     p.add_argument("--limit", type=int, default=0, help="only the first images of both lists")
     p.add_argument("--chunk", type=int, default=40, help="photographs per file of the work folder")
     p.add_argument("--seconds", type=float, default=float("inf"), help="start no chunk after so many seconds of a step; what is there is written")
+    p.add_argument("--rows", type=int, default=4, help="how many rows of Table 1: CAM, AD-CAM pull, Att-Diffu pull, AD-CAM push, TransCAM, TS-CAM")
+    p.add_argument("--every", type=int, default=4, help="an IR label for every so many photographs")
+    p.add_argument("--irn-epochs", type=int, default=6, help="passes of the boundary network over its labels")
+    p.add_argument("--seg-iterations", type=int, default=1200, help="steps of each segmentation network")
     p.add_argument("--note", default="", help="a remark for the log, such as how the photographs were re-encoded")
     p.add_argument("--cnn-saw", default=SAW["cnn"], help="what the CNN's weights were trained on, for the supervision ledger")
     p.add_argument("--vit-saw", default=SAW["vit"], help="the same for the ViT")
     p.add_argument("--tiny", action="store_true", help="drawn scenes, tiny random networks")
     a = p.parse_args(argv)
-    a.steps = ["train", "count", "tuned"] if "all" in a.steps else a.steps
+    a.steps = {s for step in a.steps for s in (("train", "count", "tuned") if step == "all" else (step,))}
     a.seeds, a.lists = [int(s) for s in a.seeds.split(",")], a.lists.split(",")
     a.rates = [r.strip() for r in a.vit_rates.split(",") if r.strip()]
     a.device = a.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -133,6 +139,56 @@ def count(a, source, plan, lists, state, processes, log):
             cam={k: round(100 * r["miou"], 2) for k, r in rows.items()}, spent={n: round(float(second[n] + first[n]), 1) for n in first if n.startswith("seconds_")})
 
 
+def together(a, function, calls):
+    "Results of calls that do not depend on each other: on a GPU a process each, on a CPU one after the other"
+    if a.device == "cpu" or len(calls) < 2: return [function(*c) for c in calls]
+    with ProcessPoolExecutor(len(calls), mp.get_context("spawn")) as pool: return list(pool.map(function, *zip(*calls)))
+
+
+def masks(a, source, plan, lists, recipe, log):
+    "Pseudo masks of Table 1, as far as the time allows"
+    began, until, rows, work = time.perf_counter(), time.monotonic() + a.seconds, table_rows(a, plan), a.work / "masks"
+    choose = next((c for c in voc.load_counts(a.out) if (c.state, c.split) == ("frozen", a.lists[1])), None)
+    if choose is None: raise FileNotFoundError(f"no counts of {a.lists[1]} in {a.out}: run the step `count` first, thresholds of the labels come from there")
+    best = voc.best_thresholds(choose.arrays)
+    of = lambda r: choose.plan.thresholds[best[voc.BLOCKS.index(r.blocks), choose.plan.points.index(r.point), 0]]
+    thresholds = {r.folder: voc_masks.label_thresholds(of(r)) for r in rows}
+    left, took = {}, {}
+    with voc_masks.Pool(source, rows, work, max(1, a.processes if a.device == "cpu" else (os.cpu_count() or 8)), a.device) as pool:
+        left["seeds"] = voc_masks.make_seeds(pool, {n: lists[n] for n in a.lists}, thresholds, a.every, until=until)
+        took["seeds and labels"] = time.perf_counter() - began
+        config = voc_masks.IRNetConfig(**dict(epochs=a.irn_epochs, batch=16, momentum=.9, workers=0 if a.device == "cpu" else 3) | recipe)
+        nets = together(a, voc_masks.train_boundaries, [(source, lists[a.lists[0]], work / "labels" / r.folder, work / "irnet" / f"{r.folder}.safetensors", config, a.device) for r in rows])
+        took["boundary networks"] = time.perf_counter() - began - sum(took.values())
+        left["walks"] = voc_masks.make_walks(pool, {n: lists[n] for n in a.lists}, until=until)
+        took["walks"] = time.perf_counter() - began - sum(took.values())
+    log.add("masks", began, left=left, took={n: round(t, 1) for n, t in took.items()}, networks=nets, label_thresholds=thresholds, every=a.every, machine=machine(a))
+    write_masks(a, rows, log)
+
+
+def segment(a, source, plan, lists, recipe, log):
+    "A segmentation network per row, and one on the ground truth"
+    began, rows, work = time.perf_counter(), table_rows(a, plan), a.work / "masks"
+    best = {n: s.best()["t"] for n, s in voc_masks.walk_counts(work, a.lists[1]).items()}
+    gpu = a.device != "cpu"
+    changes = dict(iterations=a.seg_iterations, accumulate=1, lr=1e-3, update=1, check=10**6, mixed_precision="bf16" if gpu else "fp32", workers=3 if gpu else 0) | recipe
+    calls = [(source, {n: lists[n] for n in a.lists}, work, r.folder, best[r.folder], changes, a.device) for r in rows if r.folder in best]
+    done = together(a, voc_masks.segment, [(*calls[0][:3], "truth", None, *calls[0][5:]), *calls])
+    log.add("segment", began, networks=[{k: v for k, v in d.items() if k != "confusion"} for d in done], settings=changes, machine=machine(a))
+    write_masks(a, rows, log)
+
+
+def table_rows(a, plan): return voc_masks.table_rows(plan.k, plan.T)[:a.rows]
+
+
+def write_masks(a, rows, log):
+    "What is finished of Table 1's later columns"
+    body = dict(rows=voc_masks.mask_rows(a.work / "masks", a.lists, rows), lists=a.lists, steps=[s for s in log.body["steps"] if s["step"] in ("masks", "segment")])
+    atomic_write(a.out / "masks.json", lambda f: f.write(json.dumps(body, indent=1).encode()))
+    for r in body["rows"]:
+        if r["rule"] != "oracle": print(f"{r['row']:22} {r['column']:13} {r['split']:11} {r['n']:5} mIoU {100 * r['miou']:.1f}", flush=True)
+
+
 def write(a, state, name, counts, source, plan, seeds, lists):
     "One file of counts, with all that the notebooks must know about it"
     about = dict(state=state, list=name, seeds=seeds, plan=voc.plan_dict(plan), source=source.prints(), network=source.network, classes=list(lists[name].classes),
@@ -162,6 +218,9 @@ def main(argv=None):
     elif states:
         with ThreadPoolExecutor(len(states)) as pool:  # a GPU has room for all of them at once
             for job in [pool.submit(count, a, src, plan if s == "frozen" else few, lists, s, a.processes if s == "frozen" else max(1, a.processes // 2), log) for s, src in states.items()]: job.result()
+    small = (dict(crop=64, batch=2, epochs=1, radius=3), dict(crop=64, batch=2, iterations=2)) if a.tiny else ({}, {})
+    if "masks" in a.steps: masks(a, frozen, plan, lists, small[0], log)
+    if "segment" in a.steps: segment(a, frozen, plan, lists, small[1], log)
 
 
 if __name__ == "__main__": main()
