@@ -501,7 +501,7 @@ def recipe(
     **changes,           # fields of `TrainConfig` that differ
 ) -> TrainConfig:
     "Training settings on VOC: the paper's, with crops of 28 tokens"
-    return TrainConfig(**dict(epochs=5, batch=16, crop=392, resize=(320, 640), mixed_precision="bf16" if device.startswith("cuda") else "no") | changes)
+    return TrainConfig(**dict(epochs=5, batch=16, crop=392, resize=(320, 640), mixed_precision="bf16" if device.startswith("cuda") else "fp32") | changes)
 
 def train_one(
     source: Source,         # networks to start from
