@@ -31,7 +31,7 @@ WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count() or 1, 8))')
 QUIET     := 2> >(grep -v 'over TCP without encryption' >&2)
 PAPERMILL := $(BIN)papermill -k python3 --no-progress-bar --start-timeout 180 --execution-timeout 3600
 
-.PHONY: help install figure4 table3 fig1 fig5 fig6 theorem41 table1 table2 coco photos voc-public results checkpoints bench bench-gpu test check readme clean
+.PHONY: help install figure4 table3 fig1 fig5 fig6 theorem41 table1 table2 coco photos voc-public claims results checkpoints bench bench-gpu test check readme clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z][a-z0-9-]*:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -105,7 +105,11 @@ voc-public: install ## Table 3 and Figures 4 to 6 on PASCAL VOC with public netw
 	@mkdir -p $(OUT)
 	for name in table3 fig4 fig5 fig6; do $(PAPERMILL) nbs/paper/$$name.ipynb $(OUT)/$$name.ipynb -p counts $(abspath $(COUNTS)) -p out_dir $(OUT) $(QUIET) || exit 1; $(PY) tools/show.py $(OUT) $$name; done
 
-results: figure4 table3 fig1 fig5 fig6 theorem41 table1 table2 ## every table and figure
+claims: OUT = results/claims
+claims: install ## every claim of the paper with its verdict, read from results/
+	$(call paper,claims)
+
+results: figure4 table3 fig1 fig5 fig6 theorem41 table1 table2 ## every table and figure on Scenes
 
 checkpoints: install ## train the three seeds anew, with and without stop-gradient (hours on a CPU)
 	$(PY) -m adcam.cli checkpoints
