@@ -68,3 +68,101 @@ def test_a_pair_trains_its_cnn_alone_unless_told_otherwise(pair):
     train_network(pair, Scenes("train", 2), QUICK, progress=False, device="cpu")
     assert torch.equal(pair.vit.state_dict()["blocks.0.attn.qkv.weight"], before)
     assert all(p.requires_grad for p in pair.vit.parameters()), "training leaves the flags as they were"
+
+
+# ---- one name on the command line
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    "Two photographs each of two lists, and pre-trained files of a tiny pair"
+    import timm
+    from adcam.scenes import write_voc
+    from safetensors.torch import save_file
+    top = tmp_path_factory.mktemp("pair")
+    write_voc(top / "photos", splits=("train", "val"), n=2, size=96)
+    torch.manual_seed(5)
+    for name, model in (("cnn", "test_resnet"), ("vit", "test_vit")): save_file(timm.create_model(model).state_dict(), top / f"{name}.safetensors")
+    return top
+
+
+def adcam(*words):
+    "Exit code of a command line"
+    from adcam.cli import main
+    with pytest.raises(SystemExit) as stop: main([str(w) for w in words])
+    return stop.value.code or 0
+
+
+@pytest.fixture(scope="module")
+def named(files):
+    "Words that name the pair"
+    return ["--network", PAIR, "--cnn-weights", files / "cnn.safetensors", "--vit-weights", files / "vit.safetensors"]
+
+
+@pytest.fixture(scope="module")
+def trained(files, named):
+    "A pair trained by the command, and its seeds"
+    assert adcam("train", "--data", files / "photos", *named, "--out", files / "train", "--batch", 2, "--crop", 64, "--epochs", 1) == 0
+    weights = files / "train/weights.safetensors"
+    assert adcam("seeds", "--data", files / "photos", "--weights", weights, "--out", files / "seeds", "-k", 4, "--scales", 1, "--no-flip") == 0
+    return weights
+
+
+def test_a_trained_pair_is_one_file_that_says_what_it_is(trained):
+    from adcam.networks import network_settings
+    assert network_settings(trained)["network"] == PAIR and network_settings(trained)["branch"] == "all"
+
+
+def test_the_vit_of_the_command_is_the_pretrained_one(files, trained):
+    from adcam.networks import read_weights
+    before, after = read_weights(files / "vit.safetensors"), read_weights(trained)
+    assert torch.equal(after["vit.blocks.0.attn.qkv.weight"], before["blocks.0.attn.qkv.weight"])
+
+
+def test_seeds_of_a_pair_are_scored_like_any(files, trained, capsys):
+    assert adcam("evaluate", files / "seeds", "--data", files / "photos") == 0
+    assert "2 images" in capsys.readouterr().out
+
+
+def test_a_pair_learns_its_heads(files, named):
+    assert adcam("train-heads", "--data", files / "photos", *named, "--out", files / "heads") == 0
+    assert open_network(files / "heads/weights.safetensors").num_classes == 10
+
+
+def test_a_file_of_another_network_is_refused_by_the_command(files, trained, capsys):
+    assert adcam("seeds", "--data", files / "photos", "--network", "resnet10t+test_vit", "--weights", trained, "--out", files / "other") == 2
+    assert "holds test_resnet+test_vit" in capsys.readouterr().err
+
+
+def test_start_belongs_to_a_conformer(files, named, trained, capsys):
+    assert adcam("train", "--data", files / "photos", *named, "--start", trained, "--out", files / "start") == 2
+    assert "--cnn-weights and --vit-weights" in capsys.readouterr().err
+
+
+def test_boundaries_stand_on_the_cnn_of_the_pair(files, named, trained):
+    data, pair = ["--data", files / "photos"], named[:4]
+    assert adcam("irnet", "labels", files / "seeds", files / "labels", *data, "--processes", 1) == 0
+    assert adcam("irnet", "train", files / "labels", files / "irnet", *data, *pair, "--epochs", 1, "--batch", 2, "--crop", 64, "--radius", 3) == 0
+    assert adcam("irnet", "masks", files / "seeds", files / "masks", *data, *pair, "--weights", files / "irnet/irnet.safetensors", "--processes", 1) == 0
+    assert len(list((files / "masks").glob("*.png"))) == 2
+
+
+def test_weights_of_a_backbone_need_its_name(files, trained, capsys):
+    (files / "some").mkdir(exist_ok=True)
+    assert adcam("irnet", "train", files / "some", files / "x", "--data", files / "photos", "--cnn-weights", files / "cnn.safetensors") == 2
+    assert "--network" in capsys.readouterr().err
+
+
+def test_segmentation_stands_on_the_cnn_of_the_pair(files, named):
+    data, pair = ["--data", files / "photos"], named[:2]
+    assert adcam("segment", "train", *data, *named[:4], "--out", files / "seg", "--iterations", 1, "--batch", 2, "--set", "crop=65", "--set", "accumulate=1") == 0
+    assert adcam("segment", "predict", *data, *pair, "--weights", files / "seg/weights.safetensors", "--out", files / "pred", "--no-crf", "--processes", 1) == 0
+    assert len(list((files / "pred").glob("*.png"))) == 2
+
+
+def test_a_whole_run_of_a_pair(files, named):
+    from adcam.pipeline import load_result
+    changes = dict(num_classes=10, train_split="train", seed_split="train", test_split="val", k=4, epochs=1, batch=2, crop=64, irn_crop=64, irn_radius=3, irn_epochs=1, irn_batch=2, seg_iterations=1, seg_batch=2, seg_crop=65)
+    assert adcam("run", "--profile", "voc_public", "--data", files / "photos", *named, "--out", files / "run", "--segment", *(w for n, v in changes.items() for w in ("--set", f"{n}={v}"))) == 0
+    body = load_result("run", files / "run")
+    assert [r["stage"] for r in body["rows"] if r["stage"] in ("classifier", "IRNet", "predictions")] == ["classifier", "IRNet", "predictions"]
+    assert body["provenance"]["settings"]["network"] == PAIR and {"cnn.safetensors", "vit.safetensors"} <= body["provenance"]["checkpoints"].keys()
