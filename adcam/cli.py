@@ -62,17 +62,31 @@ Split = Annotated[str, typer.Option(help="train, val or test of Scenes; a list i
 Images = Annotated[Optional[int], typer.Option("--n", min=1, help="Only the first N images.")]
 
 # %% ../nbs/14_cli.ipynb #4278c240
-def _dataset(data: str, split: str, n: Optional[int] = None, masks: bool = True, workers: int = 0) -> tuple:
-    "The data set of the options --data, --split and --n, and the images of it that cannot be used."
-    from adcam.data import open_data, usable
+def _images(data: str, split: str, n: Optional[int] = None, **needs):
+    "The images of a stage: `adcam.data.chosen` for the options --data, --split and --n."
+    from adcam.data import chosen, open_data
     ds = open_data(data, split, n, check=False)
-    return (ds, []) if data == "mini" else usable(ds, masks=masks, workers=workers)
+    if data == "mini":  # drawn on demand: nothing can be broken, and every scene has classes and a mask
+        needs = {k: v for k, v in needs.items() if k in ("files", "suffix", "complete", "check")}
+    return chosen(ds, **needs)
+
+def _dataset(data: str, split: str, n: Optional[int] = None, masks: bool = True, workers: int = 0) -> tuple:
+    "The images that can be read, for training, and those that cannot be used."
+    picked = _images(data, split, n, masks=masks, decode=True, workers=workers)
+    return picked.ds, picked.skipped
 
 def _tell_skipped(skipped: list, total: int) -> None:
     "Tell which images were skipped; exit code 1 if there are any: the work is done, but not for all images."
     from adcam.data import skipped_report
     if skipped:
         typer.echo(skipped_report(skipped, total), err=True)
+        raise SystemExit(1)
+
+def _tell(picked) -> None:
+    "Tell which images a stage left out; exit code 1 if something is wrong with one."
+    if text := picked.report():
+        typer.echo(text, err=True)
+    if picked.skipped:
         raise SystemExit(1)
 
 # %% ../nbs/14_cli.ipynb #6462d205
@@ -285,7 +299,7 @@ def seeds(
 ) -> None:
     "Extract seeds, one file per image. A run that was stopped continues; under torchrun each process takes its share."
     from dataclasses import replace
-    from adcam.data import Skipped, open_data
+    from adcam.data import Chosen, Skipped, open_data
     from adcam.pipeline import profiles
     from adcam.run import method_options
     from adcam.seeds import extract_dataset
@@ -300,9 +314,7 @@ def seeds(
     done = extract_dataset(model, ds, out, method, scales=factors, flip=usual.flip if flip is None else flip, size_mode=size_mode or ("exact" if network is Size.resnet50 else usual.size_mode),
                            precision=precision, processes=processes, force=force, **options)
     typer.echo(f"{done['computed']} seeds computed, {done['cached']} were there: {out}")
-    if done["unlabeled"]:
-        typer.echo(f"{len(done['unlabeled'])} images without a class have no seed, first {done['unlabeled'][0]}", err=True)
-    _tell_skipped([Skipped(*s) for s in done["skipped"]], len(ds))
+    _tell(Chosen(ds, [Skipped(*s) for s in done["skipped"]], done["unlabeled"], len(ds)))
 
 # %% ../nbs/14_cli.ipynb #eef283d5
 @app.command("seeds-check")
@@ -334,22 +346,25 @@ def seeds_merge(
     typer.echo(f"{merge_seeds(folders, out)} seeds in {out}")
 
 # %% ../nbs/14_cli.ipynb #c13ce7e6
-def _rows(folder: Path, ds, fixed: float) -> list:
-    "Oracle and fixed row of a folder of seeds."
+_AGAIN = "run `adcam seeds` with the same --data, --split and --n"
+
+def _rows(folder: Path, ds, fixed: float) -> tuple:
+    "Oracle and fixed row of a folder of seeds; (id, reason) of images that could not be compared."
+    from adcam.data import mask_of
     from adcam.evaluation import Sweep, side_by_side
     from adcam.seeds import load_seed
     from tqdm import tqdm
-    missing = [i for i in ds.ids if not (folder / f"{i}.npz").is_file()]
-    if missing:
-        raise FileNotFoundError(f"{folder} lacks {len(missing)} of {len(ds)} seeds, first {missing[0]}.npz; run `adcam seeds` with the same --data, --split and --n")
-    thresholds = sorted({i / 100 for i in range(60)} | {fixed})
-    counts = Sweep(len(ds.classes), thresholds)
+    counts, odd = Sweep(len(ds.classes), sorted({i / 100 for i in range(60)} | {fixed})), []
     for i in tqdm(range(len(ds)), desc="evaluate", unit="image"):
-        sample, seed = ds[i], load_seed(folder / f"{ds.ids[i]}.npz")
-        if sample.mask is None:
-            raise ValueError(f"image {sample.id} has no mask to compare with")
-        counts.update(seed.high_res.astype("float32"), seed.keys, sample.mask)
-    return side_by_side(counts, fixed)
+        path = folder / f"{ds.ids[i]}.npz"
+        try:
+            seed = load_seed(path)
+            counts.update(seed.high_res.astype("float32"), seed.keys, mask_of(ds, i))
+        except (ValueError, OSError) as e:
+            odd.append((ds.ids[i], str(e) if str(path) in str(e) else f"{path}: {e}"))
+    if len(odd) == len(ds):
+        raise ValueError(f"none of the {len(ds)} seeds can be compared. The first: {odd[0][1]}")
+    return side_by_side(counts, fixed), odd
 
 @app.command()
 def evaluate(
@@ -359,18 +374,23 @@ def evaluate(
     out: Annotated[Optional[Path], typer.Option(help="Also write the numbers to OUT/seeds.json, with their origin.")] = None,
 ) -> None:
     "Score seeds against masks. mIoU, FP and FN at the best and at a fixed threshold."
-    ds, skipped = _dataset(data, split, n)
-    rows = _rows(folder, ds, fixed)
-    typer.echo(f"{len(ds)} images of {data} {split}, no CRF, percent")
+    from adcam.data import check_agreement
+    picked = _images(data, split, n, classes=True, masks=True, files=folder, suffix=".npz", complete=_AGAIN)
+    ds = picked.ds
+    if data != "mini":
+        check_agreement(ds)
+    rows, odd = _rows(folder, ds, fixed)
+    picked, used = picked.also(odd), len(ds) - len(odd)
+    typer.echo(f"{used} images of {data} {split}, no CRF, percent")
     typer.echo("rule       t   mIoU     FP     FN     F1")
     for r in rows:
         typer.echo(f"{r['rule']:7} {r['t']:.2f} " + " ".join(f"{100 * r[v]:6.1f}" for v in ("miou", "fp", "fn", "f1")))
     if out is not None:
         from adcam.pipeline import provenance, save_result
         settings = json.loads((folder / "settings.json").read_text())
-        kept = [{v: r[v] for v in ("rule", "t", "miou", "fp", "fn", "f1", "pixel_accuracy")} | dict(split=split, n=len(ds)) for r in rows]
+        kept = [{v: r[v] for v in ("rule", "t", "miou", "fp", "fn", "f1", "pixel_accuracy")} | dict(split=split, n=used) for r in rows]
         typer.echo(f"wrote {save_result('seeds', kept, out, provenance(settings=settings, data={split: ds.fingerprint()}))}")
-    _tell_skipped(skipped, len(ds) + len(skipped))
+    _tell(picked)
 
 # %% ../nbs/14_cli.ipynb #11d8bc29
 @app.command()
@@ -450,8 +470,7 @@ def train_cam_command(
     import torch
     from adcam.classifier import save_weights
     from adcam.cnn import MINI_TRAIN, CamNet, SGDConfig, cam_resnet50, load_backbone, mini_path, resnet_mini, train_cam
-    from adcam.data import open_data
-    ds = open_data(data, split, n, check=False)
+    ds, skipped = _dataset(data, split, n, masks=False, workers=workers)
     torch.manual_seed(seed)
     if backbone == "resnet_mini":
         net = load_backbone(resnet_mini(len(ds.classes)), imagenet or mini_path("pretrained"))
@@ -463,6 +482,7 @@ def train_cam_command(
     history = train_cam(net, ds, config, out=out)
     save_weights(net, out / "weights.safetensors")
     typer.echo(f"{len(history)} steps on {len(ds)} images, loss {history[-1]['loss']:.3f}; wrote {out / 'weights.safetensors'}")
+    _tell_skipped(skipped, len(ds) + len(skipped))
 
 # %% ../nbs/14_cli.ipynb #6c5fb161
 @app.command("train-recam")
@@ -517,15 +537,8 @@ def _irnet(data: str, classes: int, conformer: Optional[Path], seed: int, imagen
     return IRNet(ResNet50Stages(imagenet))
 
 def _with_seeds(folder: Path, data: str, split: str, n: Optional[int]):
-    "The images that have a seed: without those that extraction skipped or that have no class, which `adcam seeds` has told."
-    from adcam.data import Subset, open_data
-    from adcam.seeds import check_seeds
-    ds = open_data(data, split, n, check=False)
-    account = check_seeds(folder, ds)
-    if lost := account["missing"] + [i for i, _ in account["damaged"]]:
-        raise ValueError(f"{folder} lacks {len(lost)} of {len(ds)} seeds, first {lost[0]}; run `adcam seeds` with the same --data, --split and --n")
-    out = {i for i, _ in account["skipped"]} | set(account["unlabeled"])
-    return Subset(ds, [i for i, name in enumerate(ds.ids) if name not in out]) if out else ds
+    "The images that have a seed: without those that extraction skipped or that have no class, which it has written down."
+    return _images(data, split, n, classes=True, files=folder, suffix=".npz", complete=_AGAIN)
 
 def _done(done: dict, what: str, out: Path) -> None:
     typer.echo(f"{done['computed']} {what} computed, {done['cached']} were there: {out}"
@@ -545,11 +558,25 @@ def irnet_labels(
 ) -> None:
     "Confident labels from seeds by two CRFs. 0 background, 255 unsure."
     from adcam.irnet import make_ir_labels
-    usual, ds = _irn_recipe(recipe), _with_seeds(seeds, data, split, n)
-    done = make_ir_labels(ds, seeds, out, fg=usual["fg"] if fg is None else fg, bg=usual["bg"] if bg is None else bg, processes=processes, force=force)
+    usual, picked = _irn_recipe(recipe), _with_seeds(seeds, data, split, n)
+    done = make_ir_labels(picked.ds, seeds, out, fg=usual["fg"] if fg is None else fg, bg=usual["bg"] if bg is None else bg, processes=processes, force=force)
     _done(done, "labels", out)
+    _tell(picked.also(done["skipped"]))
 
 # %% ../nbs/14_cli.ipynb #0263bef8
+def _with_masks(folder: Path, what: str, remedy: str, data: str, split: str, n: Optional[int], workers: int = 0):
+    "The images for which an earlier stage has left a whole PNG of the right size."
+    from adcam.data import check_png, image_size, open_data
+    if not any(folder.glob("*.png")):
+        raise FileNotFoundError(f"{folder} has no {what}; {remedy}")
+    whole = open_data(data, split, n, check=False)
+    size = (lambda i: None) if data == "mini" else (lambda i: image_size(_path_of(whole, i)))
+    return _images(data, split, n, files=folder, check=lambda path, i: check_png(path, what, f"delete it and {remedy}", size(i)), decode=True, workers=workers)
+
+def _path_of(ds, i: int) -> Path:
+    from adcam.data import Subset
+    return ds.ds.image_path(ds.indices[i]) if isinstance(ds, Subset) else ds.image_path(i)
+
 @irnet_app.command("train")
 def irnet_train(
     labels: Annotated[Path, typer.Argument(help="Folder written by `adcam irnet labels`.")],
@@ -565,21 +592,18 @@ def irnet_train(
     workers: Annotated[int, typer.Option(min=0, help="Processes that prepare views.")] = 0,
 ) -> None:
     "Train IRNet on IR labels. A run that was stopped continues; several GPUs by `accelerate launch -m adcam.cli irnet train ...`."
-    from adcam.data import Subset, open_data
     from adcam.irnet import train_irnet
     from adcam.pipeline import profiles
     from adcam.run import irnet_config
     if data != "mini" and imagenet is None and conformer is None:
         raise ValueError("IRNet's backbone is frozen, so it needs weights: give --imagenet FILE, --imagenet timm, or --conformer FILE")
-    p, ds = profiles["mini" if data == "mini" else "voc"], open_data(data, split, n, check=False)
-    there = [i for i, name in enumerate(ds.ids) if (labels / f"{name}.png").is_file()]
-    if not there:
-        raise FileNotFoundError(f"{labels} has no label of this data; run `adcam irnet labels` with the same --data and --split")
-    ds = Subset(ds, there)
+    picked = _with_masks(labels, "IR label", "run `adcam irnet labels` with the same --data and --split", data, split, n, workers)
+    p, ds = profiles["mini" if data == "mini" else "voc"], picked.ds
     given = {k: v for k, v in dict(epochs=epochs, batch=batch, crop=crop, radius=radius, momentum=momentum).items() if v is not None}
     config = irnet_config(p, len(ds), seed, workers=workers, **given)
     history = train_irnet(_irnet(data, len(ds.classes), conformer, seed, imagenet), ds, labels, config, out)
     typer.echo(f"{len(history)} steps on {len(ds)} images, loss {history[-1]['loss']:.3f}; wrote {out / 'irnet.safetensors'}")
+    _tell(picked)
 
 # %% ../nbs/14_cli.ipynb #5b0e334f
 @irnet_app.command("masks")
@@ -599,11 +623,13 @@ def irnet_masks(
 ) -> None:
     "Pseudo masks: seeds walk between the boundaries of IRNet, then a threshold."
     from adcam.irnet import load_irnet, make_pseudo_masks
-    usual, ds = _irn_recipe(recipe), _with_seeds(seeds, data, split, n)
+    usual, picked = _irn_recipe(recipe), _with_seeds(seeds, data, split, n)
+    ds = picked.ds
     model = None if weights is None else load_irnet(_irnet(data, len(ds.classes), conformer, seed), weights)
     done = make_pseudo_masks(ds, seeds, model, out, power=usual["power"], background=usual["background"] if background is None else background,
                              beta=beta, exp_times=exp_times, crf=crf, processes=processes, force=force)
     _done(done, "masks", out)
+    _tell(picked.also(done["skipped"]))
 
 # %% ../nbs/14_cli.ipynb #0c809997
 @app.command()
@@ -617,8 +643,8 @@ def crf(
 ) -> None:
     "Refine masks by the fully connected CRF; finished files are skipped."
     import adcam.crf as c
-    from adcam.data import read_image, read_mask
-    from adcam.scenes import atomic_write
+    from adcam.data import Skipped, read_image, read_mask
+    from adcam.files import at_work, atomic_write, why_left_out
     from adcam.viz import palette
     from PIL import Image
 
@@ -630,18 +656,30 @@ def crf(
     files = [images] if images.is_file() else sorted(p for p in images.iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
     if not files:
         raise ValueError(f"no .jpg or .png in {images}")
-    out.mkdir(parents=True, exist_ok=True)
-    for n, file in enumerate(files, 1):
-        target = out / f"{file.stem}.png"
-        if target.exists():
-            continue
-        mask = masks if masks.is_file() else masks / f"{file.stem}.png"
-        image = read_image(file)
-        labels = read_mask(mask, 254, image.shape[:2])  # any class number
-        refined = Image.fromarray(c.refine_labels(labels, image, gt_prob, backend=backend, **presets[preset]))
-        refined.putpalette(palette().tobytes())
-        atomic_write(target, lambda f: refined.save(f, "PNG"))  # noqa: B023, called at once
-        typer.echo(f"{n}/{len(files)} {target}")
+    if not masks.exists():
+        raise ValueError(f"{masks} does not exist: give a mask or a folder of masks")
+    left_out = []
+    with at_work(out):
+        for n, file in enumerate(files, 1):
+            target = out / f"{file.stem}.png"
+            if target.exists():
+                continue
+            mask = masks if masks.is_file() else masks / f"{file.stem}.png"
+            try:
+                image = read_image(file)
+                labels = read_mask(mask, 254, image.shape[:2])  # any class number
+                if not (labels[labels > 0] < 255).any() and (labels == 255).any():
+                    raise ValueError(f"mask {mask} holds only 0 and 255, which is background and unknown here; write class numbers, 0 and 1 for one class")
+                refined = Image.fromarray(c.refine_labels(labels, image, gt_prob, backend=backend, **presets[preset]))
+            except (ValueError, OSError) as e:
+                left_out.append(Skipped(file.name, why_left_out(e)))
+                continue
+            refined.putpalette(palette().tobytes())
+            atomic_write(target, lambda f: refined.save(f, "PNG"))  # noqa: B023, called at once
+            typer.echo(f"{n}/{len(files)} {target}")
+    if len(left_out) == len(files):
+        raise ValueError(f"none of the {len(files)} masks could be refined. The first: {left_out[0].reason}")
+    _tell_skipped(left_out, len(files))
 
 # %% ../nbs/14_cli.ipynb #98756b3e
 segment_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Train a segmentation network on masks, predict with it.")
@@ -712,11 +750,15 @@ def segment_train(
 ) -> None:
     "Train a segmentation network on masks. A run that was stopped continues; a finished one is kept."
     import torch
-    from adcam.data import open_data
+    from adcam.data import check_agreement
     from adcam.run import warn_if_random
     from adcam.segment import train_segmentation
     from adcam.seeds import launched
-    ds, skipped = _dataset(data, split, n, masks=masks is None, workers=workers)
+    remedy = "make it by `adcam irnet masks` with the same --data and --split"
+    picked = _images(data, split, n, masks=True, decode=True, workers=workers) if masks is None else _with_masks(masks, "mask", remedy, data, split, n, workers)
+    ds = picked.ds
+    if masks is None and data != "mini":
+        check_agreement(ds)
     torch.manual_seed(seed)
     net, notes, usual = _segmentation(network, profile, data, len(ds.classes), backbone, init)
     warn_if_random(usual, init)
@@ -724,12 +766,12 @@ def segment_train(
         typer.echo("; ".join(notes))
     config = _seg_config(usual, change or [], iterations=iterations, batch=batch, mixed_precision=precision, workers=workers, seed=seed)
     history = train_segmentation(net, ds, masks if masks is not None else _ground_truth, config, out, resume=not restart, force=force, progress=sys.stderr.isatty(),
-                                 val=None if val is None else open_data(data, val, val_n))
+                                 val=None if val is None else _images(data, val, val_n, masks=True, decode=True, workers=workers).ds)
     if launched()[0] == 0:
         best = max((r["miou"] for r in history if "miou" in r), default=None)
         typer.echo(f"{usual.segmentation}: {len(history)} iterations, loss {history[0]['loss']:.3f} -> {history[-1]['loss']:.3f}" + (f", best mIoU on {val} {100*best:.1f}" if best is not None else ""))
         typer.echo(f"wrote {out / 'weights.safetensors'}")
-    _tell_skipped(skipped, len(ds) + len(skipped))
+    _tell(picked)
 
 # %% ../nbs/14_cli.ipynb #f3744633
 @segment_app.command("predict")
@@ -746,7 +788,7 @@ def segment_predict(
     force: Annotated[bool, typer.Option("--force", help="Replace predictions made with other settings.")] = False,
 ) -> None:
     "Predict a split, score it where it has masks. A run that was stopped continues; under torchrun each process takes its share."
-    from adcam.data import open_data
+    from adcam.data import Chosen, Skipped, has_mask, open_data
     from adcam.deeplab import load_deeplab
     from adcam.segment import predict_dataset, score_predictions, voc_archive
     from adcam.seeds import launched
@@ -759,14 +801,20 @@ def segment_predict(
     done = predict_dataset(net, ds, out, crf=crf, processes=processes, shard=shard, force=force, progress=sys.stderr.isatty())
     typer.echo(f"{done['computed']} predictions computed, {done['cached']} were there: {out}")
     if shard[1] > 1:
-        return typer.echo("this was one share of several; when all are done, the same command in one process scores them") if shard[0] == 0 else None
-    if ds[0].mask is not None:
-        s = score_predictions(out, ds)
-        typer.echo(f"{len(ds)} images of {data} {split}, {'with' if crf else 'no'} CRF, percent: mIoU {100*s['miou']:.1f}, F1 {100*s['f1']:.1f}, pixel accuracy {100*s['pixel_accuracy']:.1f}")
+        if shard[0] == 0:
+            typer.echo("this was one share of several; when all are done, the same command in one process scores them")
+        return _tell_skipped([Skipped(*s) for s in done["skipped"]], len(ds))
+    picked, odd = Chosen(ds, [Skipped(*s) for s in done["skipped"]], [], len(ds)), []
+    if any(has_mask(ds, i) for i in range(len(ds))):
+        scored = _images(data, split, n, masks=True, files=out)
+        s = score_predictions(out, scored.ds, odd)
+        picked = picked.also([*scored.skipped, *odd])
+        typer.echo(f"{len(scored.ds) - len(odd)} images of {data} {split}, {'with' if crf else 'no'} CRF, percent: mIoU {100*s['miou']:.1f}, F1 {100*s['f1']:.1f}, pixel accuracy {100*s['pixel_accuracy']:.1f}")
         for name, iou in zip(("background", *ds.classes), s["iou"]):
             typer.echo(f"  {name:14} {100*iou:5.1f}")
     if archive is not None:
         typer.echo(f"wrote {voc_archive(out, ds.ids, archive, competition=competition, image_set='test' if split == 'test' else 'val')}")
+    _tell(picked)
 
 # %% ../nbs/14_cli.ipynb #e3e63102
 @app.command("run")
@@ -798,7 +846,7 @@ def whole_run(
     typer.echo(f"wrote {out / 'run.json'}")
     if done.unlabeled:
         typer.echo(f"{len(done.unlabeled)} images without a class were left out, first {done.unlabeled[0]}", err=True)
-    _tell_skipped(done.skipped, done.rows[1]["images"] + len(done.skipped))
+    _tell_skipped(done.skipped, done.total)
 
 # %% ../nbs/14_cli.ipynb #04e1db02
 @app.command()

@@ -27,6 +27,7 @@ from .pipeline import Point, Profile, as_sweep, checkpoint_path, point_maps
 from .run import irnet_config
 from .segment import RECIPES, confusions, train_segmentation
 from .seeds import METHODS, Seed, class_views, merge, positive_classes, resolve, view
+from .training import device_of
 
 # %% ../nbs/13c_compare.ipynb #2c6848ee
 class Entry(NamedTuple):
@@ -101,7 +102,7 @@ def _shared_views(net: nn.Module, sample: Any, entries: list[Entry], others: Any
     cheap = [e for e in entries if callable(METHODS[e.method]) and set(e.options) <= set(Point._fields)]
     out = {}
     if len(cheap) > 1:
-        with torch.no_grad(): maps = net.maps(view(sample.image, 1., net.stride))
+        with torch.no_grad(): maps = net.maps(view(sample.image, 1., net.stride).to(device_of(net)))
         out = dict(zip((e.name for e in cheap), point_maps(maps, [Point(e.method, **e.options) for e in cheap], keys)))
     for e in entries:
         if e.name not in out: out[e.name] = class_views(net, sample.image, sample.label, e.method, others=others, **e.options)[1][0]

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['METHODS', 'SIZE_MODES', 'RUN', 'resolve', 'view_size', 'picture_tokens', 'view', 'view_pixels', 'maps_needed',
            'view_maps', 'batch_maps', 'merge', 'Seed', 'positive_classes', 'Done', 'Prepared', 'Plan', 'class_views',
-           'extract', 'class_maps', 'save_seed', 'load_seed', 'model_fingerprint', 'images_at_once', 'WorkerDied',
-           'launched', 'extract_dataset', 'check_seeds', 'merge_seeds']
+           'extract', 'class_maps', 'save_seed', 'load_seed', 'check_seed', 'images_at_once', 'launched',
+           'extract_dataset', 'check_seeds', 'merge_seeds']
 
 # %% ../nbs/08_seeds.ipynb #518556e7
-import contextlib, errno, functools, hashlib, importlib, inspect, json, multiprocessing, os, threading, time, zipfile
+import contextlib, errno, functools, importlib, inspect, json, os, zipfile, io, warnings
 from collections import deque
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, FIRST_COMPLETED, wait
+from itertools import islice
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 import numpy as np
@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from .cam import ad_cam, att_diffu, cam_map, checks_later, crop_maps, trans_cam, ts_cam
-from .data import normalized, to_tensor, weak_of
-from .devices import PRECISIONS, check_precision, memory_for, numerics, precision as computing_in
-from .scenes import atomic_write
+from .data import normalized, to_tensor, image_of, label_of
+from .devices import OutOfMemory, PRECISIONS, check_precision, memory_for, numerics, precision as computing_in
+from .training import model_fingerprint
+from .files import Account, WorkerDied, atomic_write, claimed, dead_workers_in_words, difference as _difference, follow_parent, read_reports, why_left_out, write_report
 
 # %% ../nbs/08_seeds.ipynb #a5e1965d
 METHODS: dict[str, Callable | str] = dict(cam=cam_map, ts_cam=ts_cam, trans_cam=trans_cam, att_diffu=att_diffu, ad_cam=ad_cam,
@@ -105,7 +106,7 @@ def view(
     x = to_tensor(image)[None]                       # (1,3,h,w)
     return F.pad(x, (0, W - w, 0, H - h))            # (1,3,H,W)
 
-# %% ../nbs/08_seeds.ipynb #c9889d21
+# %% ../nbs/08_seeds.ipynb #144b521a
 def view_pixels(
     image: np.ndarray,         # (H,W,3) uint8
     scale: float,              # resize factor
@@ -243,6 +244,7 @@ class Done(NamedTuple):
     id: str
     skipped: str | None = None  # why there is no seed
     unlabeled: bool = False     # no class, so no seed
+    zero: bool = False          # the maps are zero everywhere
 
 # %% ../nbs/08_seeds.ipynb #27b686b6
 class Prepared(NamedTuple):
@@ -378,96 +380,101 @@ def class_maps(
     return out
 
 # %% ../nbs/08_seeds.ipynb #890fd7b9
+_MARK = b"adcam seed 1: finite"  # comment at the end of the zip file; without it (older files, other programs) contents are read
+
+def _finite(path: str | Path, seed: Seed) -> None:
+    "Refuse maps that are not numbers"
+    bad = [n for n in ("cam", "high_res") if not np.isfinite(getattr(seed, n)).all()]
+    if bad: raise ValueError(f"{path}: {' and '.join(bad)} hold NaN or infinity; look at the network's weights and at the image, then extract again")
+
+def _npz(arrays: dict) -> bytes:
+    "The file with its mark"
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    with zipfile.ZipFile(file, "a") as z: z.comment = _MARK
+    return file.getvalue()
+
 def save_seed(
     path: str | Path,  # ends in .npz; parents are made
     seed: Seed,        # maps in [0,1]
 ) -> Path:             # the file
-    "Write a seed atomically; `high_res` is stored as float16 (half of the size, steps of at most 0.0005)."
+    "Write a seed atomically; `high_res` is stored as float16 (half of the size, steps of at most 0.0005). NaN is a `ValueError`, and nothing is written."
+    _finite(path, seed)
     arrays = dict(keys=seed.keys.astype(np.int64), cam=seed.cam.astype(np.float32), high_res=seed.high_res.astype(np.float16))
-    try: return atomic_write(Path(path), lambda f: np.savez(f, **arrays))
+    try: return atomic_write(Path(path), lambda f: f.write(_npz(arrays)))
     except OSError as e:
         full = ": the disk is full; make room and run again, finished seeds are kept" if e.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)) else ""
         raise OSError(e.errno, f"cannot write {path} ({e.strerror or e}){full}") from e
 
 # %% ../nbs/08_seeds.ipynb #6b748d82
+_LARGEST = 2**34  # bytes of one array; a header may claim any size
+
+def _array(z: Any, name: str) -> np.ndarray:
+    "One array of a seed file; its header is looked at before memory is asked for"
+    with z.zip.open(f"{name}.npy") as f:
+        major = np.lib.format.read_magic(f)
+        shape, _, dtype = (np.lib.format.read_array_header_1_0 if major == (1, 0) else np.lib.format.read_array_header_2_0)(f)
+    need, held = int(np.prod([int(n) for n in shape], dtype=object)) * dtype.itemsize, z.zip.getinfo(f"{name}.npy").file_size
+    if dtype.hasobject or dtype.kind not in "iuf" or need > min(held, _LARGEST): raise ValueError(f"{name} claims {shape} of {dtype}, the file holds {held} bytes")
+    return z[name]
+
 def load_seed(
     path: str | Path,  # a file written by `save_seed`
 ) -> Seed:             # high_res as stored (float16)
-    "Read a seed. A missing file is `FileNotFoundError`; a damaged or foreign one `ValueError` naming it and the remedy."
+    "Read a seed. A missing file is `FileNotFoundError`; a damaged or foreign one, or one with NaN, `ValueError` naming it and the remedy."
     try:
-        with np.load(path, allow_pickle=False) as z: seed = Seed(*(z[n] for n in Seed._fields))
+        with np.load(path, allow_pickle=False) as z:
+            if z.zip.comment not in (b"", _MARK): raise ValueError("its end is cut")
+            seed = Seed(*(_array(z, n) for n in Seed._fields))
     except FileNotFoundError: raise
-    except (OSError, ValueError, KeyError, EOFError, AttributeError, zipfile.BadZipFile) as e:
+    except Exception as e:  # a damaged zip file can fail in any way, down to its decompressors
         raise ValueError(f"{path} is not a readable seed file ({e}); delete it and extract again, extract_dataset redoes it by itself") from e
     n = len(seed.keys)
     if not (seed.cam.ndim == seed.high_res.ndim == 3 and len(seed.cam) == len(seed.high_res) == n):
         raise ValueError(f"{path}: {n} keys, but cam {seed.cam.shape} and high_res {seed.high_res.shape}; delete it and extract again")
+    _finite(path, seed)
     return seed
 
-# %% ../nbs/08_seeds.ipynb #9548e3cd
-def model_fingerprint(
-    model: nn.Module,  # any network
-) -> str:              # sha256, 64 hex digits
-    "Names and values of all parameters and buffers, independent of the device."
-    h = hashlib.sha256()
-    for name, t in sorted(model.state_dict().items()):
-        h.update(f"{name} {tuple(t.shape)} {t.dtype}".encode())
-        h.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() if t.ndim else str(t.item()).encode())
-    return h.hexdigest()
-
-# %% ../nbs/08_seeds.ipynb #9987ee77
-def _difference(old: dict, new: dict) -> str:
-    "What differs between two settings, in words"
-    return "; ".join(f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k))
-
-def _guard(out_dir: Path, settings: dict, force: bool) -> None:
-    "Write settings.json, or compare with the one that is there; `force` drops seeds made with other settings"
-    path, settings, began = out_dir / "settings.json", json.loads(json.dumps(settings)), time.time()
-    if path.exists():
-        try: old = json.loads(path.read_text())
-        except ValueError: old = {"settings.json": "unreadable"}
-        if old != settings:
-            if not force: raise ValueError(f"{out_dir} holds seeds made with other settings ({_difference(old, settings)}); choose another folder, or pass force=True to replace them")
-            for f in out_dir.glob("*.npz"):
-                with contextlib.suppress(FileNotFoundError):         # another process does the same
-                    if f.stat().st_mtime < began: f.unlink()         # what it has written since is new
-    atomic_write(path, lambda f: f.write(json.dumps(settings, indent=1).encode()))
-
-# %% ../nbs/08_seeds.ipynb #88d4f02f
-def _where(device: torch.device, precision: str) -> dict:
-    "What the settings say about the arithmetic. Folders that say nothing were made by a CPU in float32"
-    n = numerics(device, precision)
-    return {k: n[k] for k, plain in dict(device="cpu", precision="fp32").items() if n[k] != plain}
+# %% ../nbs/08_seeds.ipynb #3c8f1fb4
+def check_seed(
+    path: str | Path,  # a seed file
+) -> None:
+    "Is the file whole and finite? By its last bytes, or, without our mark there, by reading it. `FileNotFoundError`, or `ValueError` as `load_seed` raises it."
+    with open(path, "rb") as f:
+        size = f.seek(0, os.SEEK_END)
+        f.seek(max(0, size - 22 - len(_MARK)))
+        end = f.read()
+    if end[-len(_MARK):] == _MARK and end[:4] == b"PK\5\6":
+        length, start = (int.from_bytes(end[i:i + 4], "little") for i in (12, 16))  # of the table of contents
+        if start + length + len(end) == size: return
+    load_seed(path)
 
 # %% ../nbs/08_seeds.ipynb #7f550357
-def _follow_parent() -> None:
-    "In a worker process: end when the parent is gone (killed, say), instead of waiting for work for ever"
-    parent = multiprocessing.parent_process()
-    if parent is not None: threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
 _work: dict = {}  # what a worker process was started with
 
 def _start(model: nn.Module, ds: Any, out_dir: Path, options: dict, threads: int, batch: int | None = None, workers: int = 0) -> None:
     "Start of a process: a fixed number of threads, because sums in another order differ in the last bit"
-    _follow_parent()
+    follow_parent()
     torch.set_num_threads(threads)
     _work.update(model=model, ds=ds, out_dir=out_dir, options=options, batch=batch, workers=workers)
 
 # %% ../nbs/08_seeds.ipynb #60778048
 def _extract_one(i: int) -> Done:
     "Make and write the seed of image `i` of the data set"
-    name, model = _work["ds"].ids[i], _work["model"]
+    name, model, ds = _work["ds"].ids[i], _work["model"], _work["ds"]
     try:
-        s = _work["ds"][i]
-        if not np.asarray(s.label).any(): return Done(name, unlabeled=True)
-        positive_classes(s.label, model.num_classes, name)
-    except (ValueError, OSError) as e: return Done(name, skipped=str(e))
-    try: seed = extract(model, s.image, s.label, others=_work["ds"], name=name, **_work["options"])
-    except ValueError as e: raise ValueError(f"image {name}: {e}") from e
+        label = label_of(ds, i)
+        if not np.asarray(label).any(): return Done(name, unlabeled=True)
+        positive_classes(label, model.num_classes, name)
+        with memory_for(f"image {name}", "scales or processes"): seed = extract(model, image_of(ds, i), label, others=ds, name=name, **_work["options"])
+        _finite(f"image {name}", seed)
+    except (ValueError, OSError, MemoryError) as e:
+        if isinstance(e, OutOfMemory) and next(model.parameters()).is_cuda: raise  # would happen again with the next image
+        return Done(name, skipped=why_left_out(e))
     save_seed(_work["out_dir"] / f"{name}.npz", seed)
-    return Done(name)
+    return Done(name, zero=not seed.cam.any())
 
-# %% ../nbs/08_seeds.ipynb #95026d0c
+# %% ../nbs/08_seeds.ipynb #35b6958d
 RUN = 64  # images among which batches are formed
 
 class _Pictures(Dataset):
@@ -481,11 +488,11 @@ class _Pictures(Dataset):
         i = self.order[j]
         name = self.ds.ids[i]
         try:
-            image, label = weak_of(self.ds, i)
+            label = label_of(self.ds, i)
             if not np.asarray(label).any(): return Prepared(i, Done(name, unlabeled=True))
             keys = positive_classes(label, self.num_classes, name).tolist()
-        except (ValueError, OSError) as e: return Prepared(i, Done(name, skipped=str(e)))
-        return _prepare(i, image, keys, *self.how)
+            return _prepare(i, image_of(self.ds, i), keys, *self.how)
+        except (ValueError, OSError, MemoryError) as e: return Prepared(i, Done(name, skipped=why_left_out(e)))
 
 def _same(x): return x
 
@@ -526,14 +533,14 @@ def images_at_once(
     need = max(400 * H * W + (192 if all_blocks else 96) * (H * W // stride**2)**2 for (H, W), _ in plans)
     return max(1, min(16, memory // 3 // (looks * need)))
 
-# %% ../nbs/08_seeds.ipynb #839e24f9
-def _write(picture: Prepared, name: str, arrays: tuple[Tensor, Tensor], sound: Tensor, event: Any) -> bool:
-    "In the writer's thread: wait for the device, then write. False if the result is not sound"
+# %% ../nbs/08_seeds.ipynb #85d82918
+def _write(picture: Prepared, name: str, arrays: tuple[Tensor, Tensor], sound: Tensor, event: Any) -> Done | None:
+    "In the writer's thread: wait for the device, then write. None if the result is not sound"
     if event is not None: event.synchronize()
-    if not sound: return False
+    if not sound: return None
     cam, high_res = (a.numpy() for a in arrays)
     save_seed(_work["out_dir"] / f"{name}.npz", Seed(np.asarray(picture.keys, np.int64), cam, high_res))
-    return True
+    return Done(name, zero=not cam.any())
 
 def _hand_over(pictures: list[Prepared], wanted: set, views: list[Tensor], sound: Tensor, up: int, writer: ThreadPoolExecutor) -> list[tuple[int, Future]]:
     "Merge the views of each image and send them to the writer"
@@ -547,22 +554,27 @@ def _hand_over(pictures: list[Prepared], wanted: set, views: list[Tensor], sound
     if gpu: event.record()
     return [(p.i, writer.submit(_write, p, _work["ds"].ids[p.i], arrays, sound[b], event)) for b, p, arrays in out]
 
-# %% ../nbs/08_seeds.ipynb #2ded2639
+# %% ../nbs/08_seeds.ipynb #12e07acd
 def _finished(i: int, future: Future) -> Done:
     "What became of an image that the writer has; one that was not sound is done again alone, where every step is checked and says what is wrong"
-    return Done(_work["ds"].ids[i]) if future.result() else _extract_one(i)
+    return future.result() or _extract_one(i)
+
+def _settled(value: Any) -> Future:
+    future: Future = Future()
+    future.set_result(value)
+    return future
 
 def _extract_group(group: list[Prepared], wanted: set, writer: ThreadPoolExecutor) -> list[tuple[int, Future]]:
-    "Start the work of one batch"
+    "Start the work of one batch; if that fails its images are done one by one, which tells the good from the bad"
     o, model = dict(_work["options"]), _work["model"]
     f, scales, flip, mode, precision = _function(o.pop("method")), o.pop("scales"), o.pop("flip"), o.pop("size_mode"), o.pop("precision", "fp32")
-    (h, w), name = group[0].size, _work["ds"].ids[group[0].i]
+    h, w = group[0].size
     with memory_for(f"{len(group)} image(s) of {h}x{w} pixels at scales {', '.join(map(str, scales))}", "batch (images at once), scales or processes"):
         try: views, sound = _batch_views(model, group, f, scales, flip, mode, precision, o)
-        except ValueError as e: raise ValueError(f"image {name}: {e}") from e
+        except ValueError: return [(p.i, _settled(None)) for p in group if p.i in wanted]
         return _hand_over(group, wanted, views, sound, model.stride if mode in ("pad", "exact") else 1, writer)
 
-# %% ../nbs/08_seeds.ipynb #74f3b900
+# %% ../nbs/08_seeds.ipynb #a63f05cf
 @torch.no_grad()
 def _extract_runs(runs: list[list[int]], missing: set):
     "`Done` of the missing images in these runs"
@@ -590,42 +602,45 @@ def _todo(ds: Any, out_dir: Path, shard: tuple[int, int]) -> list[int]:
     for i in range(shard[0], len(ds), shard[1]):
         path = out_dir / f"{ds.ids[i]}.npz"
         if not path.exists(): todo.append(i); continue
-        try: load_seed(path)
+        try: check_seed(path)
         except ValueError as e:
             print(f"redone: {e}")
             todo.append(i)
     return todo
 
 # %% ../nbs/08_seeds.ipynb #37f5bf5d
-class WorkerDied(RuntimeError, ChildProcessError): "A process of this run was killed from outside; finished files are kept"
+def _in_turn(submit: Callable, jobs: Any, ahead: int):
+    "Results of submitted jobs as they come; only `ahead` jobs are waiting at any time, however many there are"
+    jobs, waiting = iter(jobs), set()
+    while True:
+        waiting |= {submit(j) for j in islice(jobs, ahead - len(waiting))}
+        if not waiting: return
+        done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+        for job in done: yield job.result()
 
 @contextlib.contextmanager
-def _deaths():
-    "A killed loader process in one line"
+def _dead_loaders():
+    "The error of a killed loader process in one line"
     try: yield
     except RuntimeError as e:
         if "DataLoader worker" not in str(e): raise
         raise WorkerDied("a loader process was killed (often: out of memory; try fewer workers). Finished seeds are kept: run again to make the rest") from e
 
-def _alone(todo: list[int], runs: list | None, start: tuple):
-    "All the work in this process"
-    threads = torch.get_num_threads()
-    try:
-        _start(*start)
-        yield from map(_extract_one, todo) if runs is None else _extract_runs(runs, set(todo))
-    finally: torch.set_num_threads(threads); _work.clear()
-
 def _results(todo: list[int], processes: int, start: tuple, runs: list | None = None):
     "What became of each image, as they come, one by one or in `runs`; an error in any process is raised here"
-    with _deaths():
-        if processes == 1: yield from _alone(todo, runs, start); return
-        with ProcessPoolExecutor(processes, mp.get_context("spawn"), initializer=_start, initargs=start) as pool:
-            jobs = [(_extract_one, i) for i in todo] if runs is None else [(_extract_run, r, set(todo).intersection(r)) for r in runs]
-            try:
-                for job in as_completed([pool.submit(*j) for j in jobs]): yield from [job.result()] if runs is None else job.result()
-            except BrokenProcessPool as e:
-                raise WorkerDied("a worker process was killed (often: out of memory; try fewer processes). Finished seeds are kept: run again to make the rest") from e
-            except BaseException: pool.shutdown(cancel_futures=True); raise
+    if processes == 1:
+        threads = torch.get_num_threads()
+        try:
+            _start(*start)
+            with _dead_loaders(): yield from map(_extract_one, todo) if runs is None else _extract_runs(runs, set(todo))
+        finally: torch.set_num_threads(threads); _work.clear()
+        return
+    missing, jobs = set(todo), todo if runs is None else runs
+    with dead_workers_in_words("Finished seeds are kept: run again to make the rest"), ProcessPoolExecutor(processes, mp.get_context("spawn"), initializer=_start, initargs=start) as pool:
+        submit = lambda job: pool.submit(_extract_one, job) if runs is None else pool.submit(_extract_run, job, missing.intersection(job))
+        try:
+            for done in _in_turn(submit, jobs, 8 * processes): yield from [done] if runs is None else done
+        except BaseException: pool.shutdown(cancel_futures=True); raise
 
 # %% ../nbs/08_seeds.ipynb #994622e3
 def launched() -> tuple[int, int]:  # (rank, number of processes); (0, 1) if nothing was launched
@@ -634,13 +649,6 @@ def launched() -> tuple[int, int]:  # (rank, number of processes); (0, 1) if not
     except ValueError as e: raise ValueError(f"RANK={os.environ.get('RANK')!r} and WORLD_SIZE={os.environ.get('WORLD_SIZE')!r} must be numbers; unset them, or start by torchrun or accelerate launch") from e
     if not 0 <= rank < count: raise ValueError(f"RANK={rank} must be at least 0 and below WORLD_SIZE={count}; unset both, or start by torchrun or accelerate launch")
     return rank, count
-
-# %% ../nbs/08_seeds.ipynb #3e3fac6d
-def _report(out_dir: Path, shard: tuple[int, int], skipped: list, unlabeled: list) -> None:
-    "Write `skipped-<rank>-of-<count>.json`, or remove it if there is nothing to say"
-    path = out_dir / f"skipped-{shard[0]}-of-{shard[1]}.json"
-    if not skipped and not unlabeled: path.unlink(missing_ok=True); return
-    atomic_write(path, lambda f: f.write(json.dumps(dict(skipped=skipped, unlabeled=unlabeled), indent=1, ensure_ascii=False).encode()))
 
 # %% ../nbs/08_seeds.ipynb #e5fdda89
 def _check_run(model: nn.Module, ds: Any, processes: int, threads: int, shard: tuple[int, int], precision: str, scales: tuple, batch: int | None) -> None:
@@ -651,6 +659,14 @@ def _check_run(model: nn.Module, ds: Any, processes: int, threads: int, shard: t
     if not len(scales): raise ValueError("scales is empty; give at least one factor, e.g. (1.0,)")
     if batch is not None and batch < 1: raise ValueError(f"batch must be at least 1, got {batch}")
     check_precision(precision, next(model.parameters()).device)
+    bad = [n for n, t in model.state_dict().items() if t.is_floating_point() and not t.isfinite().all()]
+    if bad: raise ValueError(f"the network's weights hold NaN or infinity, in {', '.join(bad[:3])}; load another file, or train again with a lower rate")
+
+# %% ../nbs/08_seeds.ipynb #88d4f02f
+def _where(device: torch.device, precision: str) -> dict:
+    "What the settings say about the arithmetic. Folders that say nothing were made by a CPU in float32"
+    n = numerics(device, precision)
+    return {k: n[k] for k, plain in dict(device="cpu", precision="fp32").items() if n[k] != plain}
 
 # %% ../nbs/08_seeds.ipynb #3a61b3d5
 @contextlib.contextmanager
@@ -667,6 +683,20 @@ def _loaders(workers: int | None, processes: int, together: bool, device: torch.
     if workers is not None and workers < 0: raise ValueError(f"workers must be at least 0, got {workers}")
     if not together: return 0
     return min(4, (os.cpu_count() or 1) // processes) * (device.type == "cuda") if workers is None else workers
+
+# %% ../nbs/08_seeds.ipynb #6a838b07
+def _extract_all(model: nn.Module, ds: Any, out_dir: Path, extraction: dict, method: str, processes: int, threads: int, shard: tuple[int, int], progress: bool, batch: int | None, workers: int, together: bool) -> dict:
+    "Everything that is missing of one share, in a folder that is ours"
+    todo, mine = _todo(ds, out_dir, shard), len(range(shard[0], len(ds), shard[1]))
+    account, runs = Account(there=mine - len(todo)), _runs(list(range(shard[0], len(ds), shard[1])), todo) if together else None
+    title = f"seeds {method}" + (f" {shard[0] + 1}/{shard[1]}" if shard[1] > 1 else "")
+    with _laid_out(model, extraction.get("precision", "fp32")), tqdm(total=mine, initial=account.there, desc=title, unit="image", disable=not progress) as bar:
+        for d in _results(todo, min(processes, len(todo)) or 1, (model, ds, out_dir, extraction, threads, batch, workers), runs):
+            account.add(d.id, d.skipped, d.unlabeled, d.id if d.zero else None); bar.update()
+    account.check()
+    if account.notes: warnings.warn(f"{len(account.notes)} of {account.computed} seeds are zero everywhere, first {min(account.notes)}: the network sees nothing of their classes")
+    write_report(out_dir, shard, sorted(account.skipped), sorted(account.unlabeled))
+    return dict(computed=account.computed, cached=account.there, skipped=sorted(account.skipped), unlabeled=sorted(account.unlabeled))
 
 # %% ../nbs/08_seeds.ipynb #380e483a
 def extract_dataset(
@@ -688,7 +718,7 @@ def extract_dataset(
     progress: bool = True,              # show a bar
     **options,                          # options of the method
 ) -> dict:                              # computed, cached: how many images; skipped: [(id, reason)]; unlabeled: [id]
-    "Seeds of a whole data set, resumable. Images that cannot be read are skipped and reported. Scripts that ask for several processes need the usual `if __name__ == '__main__':`."
+    "Seeds of a whole data set, resumable. Images that cannot be read or worked on are skipped and reported; if none can, that is a `ValueError`. Scripts that ask for several processes need the usual `if __name__ == '__main__':`."
     f, device = resolve(method, options), next(model.parameters()).device
     shard = launched() if shard is None else shard
     _check_run(model, ds, processes, threads, shard, precision, scales, batch)
@@ -696,18 +726,9 @@ def extract_dataset(
     workers = _loaders(workers, processes, together, device)
     out_dir, extraction = Path(out_dir), dict(method=method, scales=tuple(scales), flip=flip, size_mode=_mode(size_mode), **options)
     if precision != "fp32": extraction["precision"] = precision
-    settings = {k: v for k, v in extraction.items() if k != "precision"} | _where(device, precision)
-    _guard(out_dir, settings | dict(data=ds.fingerprint(), network=model_fingerprint(model)), force)
-    todo = _todo(ds, out_dir, shard)
-    runs = _runs(list(range(shard[0], len(ds), shard[1])), todo) if together else None
-    there, done = len(range(shard[0], len(ds), shard[1])) - len(todo), []
-    title = f"seeds {method}" + (f" {shard[0] + 1}/{shard[1]}" if shard[1] > 1 else "")
-    start = model.eval(), ds, out_dir, extraction, threads, batch, workers
-    with _laid_out(model, precision), tqdm(total=len(todo) + there, initial=there, desc=title, unit="image", disable=not progress) as bar:
-        for d in _results(todo, min(processes, len(todo)) or 1, start, runs): done.append(d); bar.update()
-    skipped, unlabeled = sorted((d.id, d.skipped) for d in done if d.skipped), sorted(d.id for d in done if d.unlabeled)
-    _report(out_dir, shard, skipped, unlabeled)
-    return dict(computed=len(done) - len(skipped) - len(unlabeled), cached=there, skipped=skipped, unlabeled=unlabeled)
+    settings = {k: v for k, v in extraction.items() if k != "precision"} | _where(device, precision) | dict(data=ds.fingerprint(), network=model_fingerprint(model))
+    with claimed(out_dir, settings, "*.npz", shard=shard, force=force, what="seeds"):
+        return _extract_all(model.eval(), ds, out_dir, extraction, method, processes, threads, shard, progress, batch, workers, together)
 
 # %% ../nbs/08_seeds.ipynb #7aec3608
 def check_seeds(
@@ -715,17 +736,16 @@ def check_seeds(
     ds: Any,             # the data set
 ) -> dict:               # there: number; missing, unlabeled, foreign: ids; damaged, skipped: [(id, reason)]; complete: bool
     "The account of a folder of seeds. Complete: each image has one readable seed, or carries no label; nothing was skipped."
-    folder, skipped, unlabeled, damaged = Path(folder), {}, set(), []
-    for path in sorted(folder.glob("skipped-*-of-*.json")):
-        told = json.loads(path.read_text())
-        skipped.update(told["skipped"]); unlabeled.update(told["unlabeled"])
+    folder, damaged = Path(folder), []
+    skipped, unlabeled = read_reports(folder)
     files = {p.stem for p in folder.glob("*.npz")}
-    for name in files & set(ds.ids):
-        try: load_seed(folder / f"{name}.npz")
+    mine = set(ds.ids)
+    for name in files & mine:
+        try: check_seed(folder / f"{name}.npz")
         except ValueError as e: damaged.append((name, str(e)))
     lost = [i for i in ds.ids if i not in files]
-    out = dict(there=len(files & set(ds.ids)) - len(damaged), missing=[i for i in lost if i not in skipped and i not in unlabeled], damaged=sorted(damaged),
-               skipped=[(i, skipped[i]) for i in lost if i in skipped], unlabeled=[i for i in lost if i in unlabeled and i not in skipped], foreign=sorted(files - set(ds.ids)))
+    out = dict(there=len(files & mine) - len(damaged), missing=[i for i in lost if i not in skipped and i not in unlabeled], damaged=sorted(damaged),
+               skipped=[(i, skipped[i]) for i in lost if i in skipped], unlabeled=[i for i in lost if i in unlabeled and i not in skipped], foreign=sorted(files - mine))
     return out | dict(complete=not (out["missing"] or out["damaged"] or out["skipped"]))
 
 # %% ../nbs/08_seeds.ipynb #2a5619bd
