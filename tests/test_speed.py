@@ -274,3 +274,36 @@ def test_out_of_memory_says_what_was_too_large_and_what_to_lower(tmp_path, scene
     monkeypatch.setattr(net, "maps", full)
     with pytest.raises(ValueError, match=r"out of memory with 2 image\(s\) of 96x96 pixels at scales 1.0; lower batch .*, scales or processes"):
         extract_dataset(net, Scenes("test", 2, 96), tmp_path, "cam", batch=2, progress=False)
+
+
+# ---------------------------------------------------------------- training
+
+class Event:
+    "Stands for a CUDA event: numbers that come later"
+    def synchronize(self): pass
+
+
+def small_training():
+    from adcam.classifier import TrainConfig, train
+    torch.manual_seed(0)
+    net = conformer_mini(10)
+    history = train(net, Scenes("train", 6, 64), TrainConfig(epochs=2, batch=2, crop=48, resize=(48, 80)), progress=False, device="cpu")
+    return history, torch.cat([v.flatten().double() for v in net.state_dict().values()])
+
+
+def test_numbers_that_come_late_and_views_that_come_as_bytes_change_nothing_of_a_training(monkeypatch):
+    from adcam import classifier
+    history, weights = small_training()
+    monkeypatch.setattr(classifier, "TrainViews", lambda *a, **k: TrainViews(*a, **{**k, "pixels": True}))
+    late = classifier.Late.__init__
+    monkeypatch.setattr(classifier.Late, "__init__", lambda self, values: (late(self, values), setattr(self, "event", Event()))[0])
+    again, same = small_training()
+    assert again == history and torch.equal(weights, same)
+
+
+def test_a_loss_that_is_no_number_is_found_also_when_it_comes_late(monkeypatch):
+    from adcam import classifier
+    late = classifier.Late.__init__
+    monkeypatch.setattr(classifier.Late, "__init__", lambda self, values: (late(self, values * float("nan")), setattr(self, "event", Event()))[0])
+    with pytest.raises(FloatingPointError, match="the loss became .*nan.*lower the learning rates"):
+        small_training()
