@@ -26,8 +26,8 @@ from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 from .conformer import Conformer
 from .data import TrainViews, normalized, to_tensor
-from .devices import PRECISIONS
-from .training import arithmetic, make_accelerator, origin, precision_name
+from .devices import PRECISIONS, memory_for, numerics, tf32
+from .training import arithmetic, device_of, make_accelerator, origin, precision_name
 from .files import atomic_write, difference, one_at_a_time
 
 # %% ../nbs/04_classifier.ipynb #a9777ff0
@@ -340,7 +340,7 @@ class Late:
         self.values, self.event = values.detach(), None
         if not values.is_cuda: return
         self.values, self.event = self.values.to("cpu", non_blocking=True), torch.cuda.Event()
-        self.event.record()
+        self.event.record(torch.cuda.current_stream(values.device))
 
     def tolist(self) -> list[float]:
         "Wait for them, if they have not come yet"
@@ -592,7 +592,7 @@ def _compute_features(model, ds, size, batch, progress):
 # %% ../nbs/04_classifier.ipynb #6bbb588d
 def _features_key(model, ds, size):
     "Hash of everything the features depend on: layers, weights of the backbone, data, size"
-    h = hashlib.sha256(repr((model, size, ds.fingerprint())).encode())
+    h = hashlib.sha256(repr((model, size, ds.fingerprint(), numerics(device_of(model)))).encode())
     for name, t in model.state_dict().items():
         if not _is_head(name): h.update(name.encode() + t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return h.hexdigest()[:16]
@@ -623,7 +623,7 @@ def cached_features(model:nn.Module, # network with `features`, `stride` and hea
     path = None if cache is None else Path(cache)/f"features-{_features_key(model, ds, size)}.npz"
     found = path and _read_features(path)
     if found: return found
-    f = _compute_features(model, ds, size, batch, progress)
+    with tf32(False), memory_for(f"{batch} whole images", "batch or size"): f = _compute_features(model, ds, size, batch, progress)
     if path: atomic_write(path, lambda file: np.savez(file, **{n: v.numpy() for n, v in f._asdict().items()}))
     return f
 

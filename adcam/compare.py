@@ -21,6 +21,7 @@ from .classifier import HeadsConfig, train_heads
 from .cnn import mini_path, resnet_mini
 from .conformer import conformer_mini, load_pretrained
 from .deeplab import deeplabv2_mini, upernet_mini
+from .devices import tf32
 from .evaluation import Sweep, confusion, scores, side_by_side
 from .irnet import IRNet, ResNetStages, edge_map, ir_label, mask_edges, random_walk, smooth_mask, train_irnet, upsample_walk
 from .pipeline import Point, Profile, as_sweep, checkpoint_path, point_maps
@@ -89,10 +90,11 @@ class Held:
 # %% ../nbs/13c_compare.ipynb #d48aa738
 @contextmanager
 def _one_thread():
-    "torch on one thread, because processes share the cores; gives a function that tells the CPU seconds since"
+    "torch on one thread, because processes share the cores, and in full float32; gives a function that tells the CPU seconds since"
     threads, began = torch.get_num_threads(), time.process_time()
     torch.set_num_threads(1)
-    try: yield lambda: np.array(time.process_time() - began)
+    try:
+        with tf32(False): yield lambda: np.array(time.process_time() - began)
     finally: torch.set_num_threads(threads)
 
 # %% ../nbs/13c_compare.ipynb #008a42a3

@@ -18,6 +18,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,11 +31,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from .classifier import EpochBatches, PolySGD, save_weights
-from .crf import IRN as CRF_OF_IRN, dense_crf, unary_from_labels
+from .crf import IRN as CRF_OF_IRN, dense_crf, refine_labels, unary_from_labels
 from .data import to_tensor, check_png, image_of, weak_of
 from .scenes import Sample
 from .seeds import Seed, load_seed, save_seed
-from .training import arithmetic, make_accelerator, model_fingerprint, origin, precision_name, untouched
+from .training import arithmetic, device_of, make_accelerator, model_fingerprint, origin, precision_name, untouched
+from .devices import numerics, precision as computed_in
 from .files import Account, atomic_write, claimed, dead_workers_in_words, difference, follow_parent, one_at_a_time, why_left_out, write_report
 from .viz import palette
 
@@ -536,10 +538,10 @@ def _named(index, keys):
     return np.concatenate([[0], np.asarray(keys) + 1])[index].astype(np.uint8)
 
 # %% ../nbs/11_irnet.ipynb #70ae2528
-def _crf(index, n, image, options):
+def _crf(index, n, image, options, device=None):
     "Labels (m,H,W) in 0..n-1 of one image, smoothed by m CRFs that share their kernels"
-    q = dense_crf(unary_from_labels(index, n, gt_prob=.7), image, **(CRF_OF_IRN | options))   # (m,n,H,W)
-    return np.asarray(q).argmax(1)
+    unary = unary_from_labels(torch.as_tensor(index, device=device), n, gt_prob=.7)           # (m,n,H,W)
+    return dense_crf(unary, image, **(CRF_OF_IRN | options)).argmax(1).cpu().numpy()
 
 # %% ../nbs/11_irnet.ipynb #20db302f
 def ir_label(
@@ -550,13 +552,14 @@ def ir_label(
     bg: float = .05,     # below it surely background
     *,
     name: str = "the seed",  # what to call it in errors
+    device: Any = None,  # where the CRFs run; None: the CPU
     **crf: Any,          # other keywords of `adcam.crf.dense_crf`, e.g. backend="pydensecrf"
 ) -> np.ndarray:         # (H,W) uint8: 0 background, key+1 object, 255 unsure
     "Confident labels by two fully connected CRFs (spec baselines 1.4). A seed that is zero everywhere gives background and a warning."
     cam, keys = _check_maps(cam, keys, image.shape[:2], name=name)
     if not 0 < bg <= fg < 1: raise ValueError(f"thresholds fg={fg}, bg={bg}; expected 0 < bg <= fg < 1")
     if not cam.max() > 0: warnings.warn(f"{name} is zero everywhere: its label is all background")
-    sure, maybe = _crf(np.stack([_compete(cam, t) for t in (fg, bg)]), len(cam) + 1, image, crf)  # (H,W) each
+    sure, maybe = _crf(np.stack([_compete(cam, t) for t in (fg, bg)]), len(cam) + 1, image, crf, device)  # (H,W) each
     return np.where((sure == 0) & (maybe > 0), 255, _named(sure, keys)).astype(np.uint8)
 
 # %% ../nbs/11_irnet.ipynb #8ca3b0b9
@@ -852,25 +855,24 @@ def pseudo_mask(
     background: float = .25,      # score of the background
     radius: int = 5, beta: float = 10, exp_times: int = 8,  # of `random_walk`
     name: str = "the seed",       # what to call it in errors
+    device: Any = None,           # where the walk goes; None: the CPU
 ) -> np.ndarray:                  # (H,W) uint8: 0 background, key+1 object
     "Seed and boundaries to a mask: power, walk, upsampling, threshold. A seed that is zero everywhere gives background and a warning."
     cam, keys = _check_maps(cam, keys, size, name=name, quarter=True)
     if not cam.max() > 0: warnings.warn(f"{name} is zero everywhere: its mask is all background")
     maps = cam.clip(0)**power
-    return walk_label(maps if edge is None else random_walk(maps, edge, radius, beta, exp_times), keys, size, background)
+    return walk_label(maps if edge is None else random_walk(maps, edge, radius, beta, exp_times, device=device), keys, size, background)
 
 # %% ../nbs/11_irnet.ipynb #cea8cf36
 def smooth_mask(
     mask: np.ndarray,    # (H,W) uint8 labels, 255 knows nothing
     image: np.ndarray,   # (H,W,3) uint8
-    **crf: Any,          # keywords of `adcam.crf.dense_crf`
+    device: Any = None,  # where the CRF runs; None: the CPU
+    **crf: Any,          # keywords of `adcam.crf.dense_crf`; the rest is those of the IR labels
 ) -> np.ndarray:         # (H,W) uint8, labels that `mask` has
     "A pseudo mask through the CRF of the IR labels: for the rows 'with CRF'; official IRN leaves it out here"
-    names = np.array([v for v in np.unique(mask) if v != 255])
-    if len(names) < 2: return mask.copy()
-    index = np.where(mask == 255, 255, np.searchsorted(names, mask))
-    q = dense_crf(unary_from_labels(index, len(names), gt_prob=.7, ignore=255), image, **(CRF_OF_IRN | crf))
-    return names[np.asarray(q).argmax(0)].astype(np.uint8)
+    if len(np.unique(mask[mask != 255])) < 2: return mask.copy()
+    return refine_labels(mask, image, gt_prob=.7, device=device, **(CRF_OF_IRN | crf)).astype(np.uint8)
 
 # %% ../nbs/11_irnet.ipynb #49f6ef80
 def _missing(ds, out):
@@ -926,10 +928,19 @@ def _ready(todo, prepare, done):
         except (ValueError, OSError, MemoryError) as e: done((i, why_left_out(e), [])); continue
         yield i, args
 
-def _all_images(todo, prepare, work, processes, done):
+def _ahead(items):
+    "The same items; the next one is made by a thread while the caller works on this one"
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(next, items, None)
+        while (item := following.result()) is not None:
+            following = pool.submit(next, items, None)
+            yield item
+
+def _all_images(todo, prepare, work, processes, done, ahead=False):
     "prepare(i) here, work(*args) in the workers, a small portion at a time; `done((i, reason, notes))` after each image"
     if processes == 1:
-        for i, args in _ready(todo, prepare, done): done(_attempt(i, work, args))
+        ready = _ready(todo, prepare, done)
+        for i, args in _ahead(ready) if ahead else ready: done(_attempt(i, work, args))
         return
     with dead_workers_in_words(), Parallel(processes, return_as="generator_unordered", max_nbytes=None, initializer=follow_parent) as pool:
         for at in range(0, len(todo), 8*processes):
@@ -937,9 +948,10 @@ def _all_images(todo, prepare, work, processes, done):
             for result in pool(jobs): done(result)
 
 # %% ../nbs/11_irnet.ipynb #77878f16
-def _make_folder(ds, out, settings, prepare, work, processes, force, progress, what, shard=(0, 1)):
-    "The common part of the two functions below: guard, what is missing, bar, workers, warnings"
-    processes = processes or os.cpu_count()
+def _make_folder(ds, out, settings, prepare, work, processes, force, progress, what, shard=(0, 1), device=None):
+    "The common part of the two functions below: guard, what is missing, bar, workers, warnings. On a GPU this process does it all"
+    on_gpu = device is not None and torch.device(device).type != "cpu"
+    processes = 1 if on_gpu else processes or os.cpu_count()
     with claimed(out, settings, "*.png", shard=shard, force=force):
         todo = _missing(ds, out)
         account = Account(there=len(ds) - len(todo))
@@ -947,7 +959,7 @@ def _make_folder(ds, out, settings, prepare, work, processes, force, progress, w
             def done(result):
                 i, skipped, notes = result
                 account.add(ds.ids[i], skipped, note=notes[0] if notes else None); bar.update()
-            _all_images(todo, prepare, work, min(processes, len(todo)) or 1, done)
+            _all_images(todo, prepare, work, min(processes, len(todo)) or 1, done, ahead=on_gpu)
         account.check()
         write_report(out, shard, sorted(account.skipped))
     for note in account.notes: warnings.warn(note)
@@ -963,7 +975,8 @@ def make_ir_labels(
     out: str|Path,                # folder for `<id>.png` and settings.json
     *,
     fg: float = .30, bg: float = .05,  # thresholds, see `SETTINGS`
-    processes: int|None = None,   # worker processes; None takes all cores
+    processes: int|None = None,   # worker processes on a CPU; None takes all cores
+    device: Any = None,           # where the CRFs run; None: the CPU
     force: bool = False,          # replace labels made with other settings
     progress: bool = True,        # show a bar with the time left
     **crf: Any,                   # other keywords of `dense_crf`
@@ -973,14 +986,23 @@ def make_ir_labels(
     _check_seeds(ds, seed_dir)
     def prepare(i):
         sample, seed, name = _seed_of(ds, i, seed_dir)
-        return out/f"{sample.id}.png", seed, sample.image, name, options
+        return out/f"{sample.id}.png", seed, sample.image, name, options | dict(device=device)
     settings = options | dict(kind="IR labels", data=ds.fingerprint(), seeds=_folder_settings(seed_dir))
-    return _make_folder(ds, out, settings, prepare, _label_file, processes, force, progress, "IR labels")
+    return _make_folder(ds, out, settings, prepare, _label_file, processes, force, progress, "IR labels", device=device)
 
 # %% ../nbs/11_irnet.ipynb #749aa603
 def _mask_file(path, seed, edge, image, size, name, options):
     mask = pseudo_mask(seed.cam, seed.keys, edge, size, name=name, **options)
-    save_mask(path, mask if image is None else smooth_mask(mask, image))
+    save_mask(path, mask if image is None else smooth_mask(mask, image, options["device"]))
+
+# %% ../nbs/11_irnet.ipynb #941e4e16
+def _edge_source(edges, precision, device):
+    "What the boundaries come from, for the settings; a function Sample -> (h,w); where walk and CRF go"
+    if not isinstance(edges, nn.Module): return dict(edges=getattr(edges, "__name__", str(edges))), edges or (lambda s: None), device
+    place, edges = device_of(edges), edges.eval()
+    def find(sample):
+        with computed_in(precision, place): return edge_map(edges, sample.image)
+    return dict(edges=model_fingerprint(edges), **numerics(place, precision)), find, place if device is None else device
 
 # %% ../nbs/11_irnet.ipynb #75def543
 def make_pseudo_masks(
@@ -992,20 +1014,21 @@ def make_pseudo_masks(
     power: float = 1., background: float = .25,             # see `SETTINGS`
     radius: int = 5, beta: float = 10, exp_times: int = 8,  # of `random_walk`
     crf: bool = False,                # a CRF after the threshold
-    processes: int|None = None,       # worker processes for the walks; None takes all cores. The network runs in this process, on its device
+    precision: str = "fp32",          # of the network, one of `adcam.devices.PRECISIONS`
+    processes: int|None = None,       # worker processes for the walks on a CPU; None takes all cores. The network runs in this process, on its device
+    device: Any = None,               # of walk and CRF; None: where the network is
     force: bool = False,              # replace masks made with other settings
     progress: bool = True,            # show a bar with the time left
 ) -> dict:                            # computed, cached, empty: how many were made, were there, came from an empty seed; skipped: [(id, reason)]
     "Pseudo masks of a whole data set as palette PNGs, resumable. An image that cannot be done is left out and named. Scripts need the usual `if __name__ == '__main__':`."
     out, options = Path(out), dict(power=power, background=background, radius=radius, beta=beta, exp_times=exp_times)
     _check_seeds(ds, seed_dir)
-    if isinstance(edges, nn.Module): source, find = model_fingerprint(edges.eval()), lambda s: edge_map(edges, s.image)
-    else: source, find = getattr(edges, "__name__", str(edges)), edges or (lambda s: None)
+    source, find, device = _edge_source(edges, precision, device)
     def prepare(i):
         sample, seed, name = _seed_of(ds, i, seed_dir, whole=edges is not None and not isinstance(edges, nn.Module))
-        return out/f"{sample.id}.png", seed, find(sample), sample.image if crf else None, sample.image.shape[:2], name, options
-    settings = options | dict(kind="pseudo masks", crf=crf, data=ds.fingerprint(), seeds=_folder_settings(seed_dir), edges=source)
-    return _make_folder(ds, out, settings, prepare, _mask_file, processes, force, progress, "pseudo masks")
+        return out/f"{sample.id}.png", seed, find(sample), sample.image if crf else None, sample.image.shape[:2], name, options | dict(device=device)
+    settings = options | dict(kind="pseudo masks", crf=crf, data=ds.fingerprint(), seeds=_folder_settings(seed_dir), **source)
+    return _make_folder(ds, out, settings, prepare, _mask_file, processes, force, progress, "pseudo masks", device=device)
 
 # %% ../nbs/11_irnet.ipynb #89841cb8
 def write_official(

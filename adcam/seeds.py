@@ -551,7 +551,7 @@ def _hand_over(pictures: list[Prepared], wanted: set, views: list[Tensor], sound
         out.append((b, p, tuple(a.to("cpu", non_blocking=True) for a in (cam, high_res.half() if gpu else high_res))))
     sound = sound.to("cpu", non_blocking=True)
     event = torch.cuda.Event() if gpu else None
-    if gpu: event.record()
+    if gpu: event.record(torch.cuda.current_stream(views[0].device))
     return [(p.i, writer.submit(_write, p, _work["ds"].ids[p.i], arrays, sound[b], event)) for b, p, arrays in out]
 
 # %% ../nbs/08_seeds.ipynb #12e07acd

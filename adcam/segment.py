@@ -26,11 +26,11 @@ from .classifier import Late, _train_mode, _whole_batch, _write_run, save_weight
 from .crf import DEEPLAB, dense_crf, unary_from_logits
 from .data import Skipped, image_of, mask_of, read_mask
 from .deeplab import poly_rate, segmentation_loss
-from .devices import PRECISIONS
+from .devices import PRECISIONS, memory_for, numerics, precision as computed_in
 from .evaluation import confusion, scores
 from .irnet import MAX_SIDE, _label_source, _make_folder, save_mask
 from .scenes import Sample
-from .training import arithmetic, make_accelerator, model_fingerprint, origin, precision_name
+from .training import arithmetic, device_of, make_accelerator, model_fingerprint, origin, precision_name
 from .files import atomic_write, difference, one_at_a_time, why_left_out
 
 # %% ../nbs/12b_segment.ipynb #85e3e0e5
@@ -333,13 +333,15 @@ class _Curves:
 def predict_logits(
     net: nn.Module,     # segmentation network in eval mode
     image: np.ndarray,  # (H,W,3) uint8, any size up to 4000 per side
-) -> Tensor:            # (C,h,w) float32 on the CPU, at the network's stride
+    on_device: bool = False,  # leave the answer where the network is
+) -> Tensor:            # (C,h,w) float32 at the network's stride, on the CPU if not wanted otherwise
     "The network's answer to a whole image. Raises `ValueError` for a network in training mode, a picture that is none, and logits that are no numbers."
     if net.training: raise ValueError("the network is in training mode; call net.eval() first")
     if not isinstance(image, np.ndarray) or image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8: raise ValueError(f"image is {getattr(image, 'dtype', type(image).__name__)} {np.shape(image)}; give uint8 (H,W,3)")
     if max(image.shape) > MAX_SIDE: raise ValueError(f"the image is {image.shape[0]}x{image.shape[1]} pixels; up to {MAX_SIDE} per side are done in one piece: shrink it first")
     x = net.preprocess(image)[None].to(next(net.parameters()).device)                      # (1,3,H,W)
-    z = net(x)[0].float().cpu()                                                            # (C,h,w)
+    z = net(x)[0].float()                                                                  # (C,h,w)
+    if not on_device: z = z.cpu()
     if not z.isfinite().all(): raise ValueError("the logits hold NaN or infinity: look at the weights (did their training end well?)")
     return z
 
@@ -365,9 +367,9 @@ def confusions(
     for i in tqdm(range(len(ds)) if indices is None else indices, desc="predict", unit="image", disable=not progress):
         s = ds[i]
         if s.mask is None: raise ValueError(f"image {s.id} has no mask to compare with; predict it to a file instead (predict_dataset)")
-        z = enlarge(predict_logits(net, s.image), s.image.shape[:2])                       # (C,H,W)
+        z = enlarge(predict_logits(net, s.image, on_device=True), s.image.shape[:2])       # (C,H,W)
         for with_crf in crf:
-            labels = (refine(z, s.image, **options) if with_crf else z).argmax(0).numpy()  # (H,W)
+            labels = (refine(z, s.image, **options) if with_crf else z).argmax(0).cpu().numpy()  # (H,W)
             total[with_crf] += confusion(labels, s.mask, net.num_classes - 1)
     return total
 
@@ -493,8 +495,8 @@ def probabilities(
     **options: Any,      # of `refine`
 ) -> np.ndarray:         # (C,H,W) float32, sums to 1
     "Class probabilities of every pixel: whole image, enlarged logits, softmax or CRF"
-    z = enlarge(predict_logits(net, image), image.shape[:2])                                  # (C,H,W)
-    return (refine(z, image, **options) if crf else z.softmax(0)).numpy()
+    z = enlarge(predict_logits(net, image, on_device=True), image.shape[:2])                  # (C,H,W)
+    return (refine(z, image, **options) if crf else z.softmax(0)).cpu().numpy()
 
 # %% ../nbs/12b_segment.ipynb #2fe5235a
 def predict(
@@ -509,8 +511,8 @@ def predict(
 
 # %% ../nbs/12b_segment.ipynb #c5d68f22
 def _prediction_file(path, logits, image, crf, options):
-    z = enlarge(torch.from_numpy(logits), image.shape[:2])                                    # (C,H,W)
-    save_mask(path, (refine(z, image, **options) if crf else z).argmax(0).numpy().astype(np.uint8))
+    z = enlarge(torch.as_tensor(logits), image.shape[:2])                                     # (C,H,W)
+    save_mask(path, (refine(z, image, **options) if crf else z).argmax(0).cpu().numpy().astype(np.uint8))
 
 # %% ../nbs/12b_segment.ipynb #5b363a32
 def predict_dataset(
@@ -519,7 +521,8 @@ def predict_dataset(
     out: str|Path,                 # folder for `<id>.png` and settings.json
     *,
     crf: bool = True,              # refine by the CRF
-    processes: int|None = None,    # workers for CRF and files; None takes all cores
+    precision: str = "fp32",       # of the network, one of `adcam.devices.PRECISIONS`
+    processes: int|None = None,    # workers for CRF and files on a CPU; None takes all cores. On a GPU network and CRF run there, and this process writes
     shard: tuple[int, int] = (0, 1),  # (rank, count): every count-th image, for several machines or GPUs
     force: bool = False,           # replace predictions made with other settings
     progress: bool = True,         # show a bar with the time left
@@ -528,13 +531,15 @@ def predict_dataset(
     "Predict a data set to palette PNGs, resumable. An image that cannot be done is left out and named. Scripts need the usual `if __name__ == '__main__':`."
     if not len(ds): raise ValueError("there is nothing to predict: the list of images is empty; check --data, --split and the list file")
     if not 0 <= shard[0] < shard[1]: raise ValueError(f"shard is {shard}; give (rank, count) with 0 <= rank < count")
-    net, out = net.eval(), Path(out)
+    net, out, place = net.eval(), Path(out), device_of(net)
     part = _Part(ds, range(shard[0], len(ds), shard[1]))
     def prepare(i):
         image = image_of(ds, part.indices[i])
-        return out/f"{part.ids[i]}.png", predict_logits(net, image).numpy(), image, crf, options
-    settings = options | dict(kind="predictions", crf=crf, data=ds.fingerprint(), network=model_fingerprint(net))
-    done = _make_folder(part, out, settings, prepare, _prediction_file, processes, force, progress, "predict", shard)
+        with computed_in(precision, place): z = predict_logits(net, image, on_device=True)
+        return out/f"{part.ids[i]}.png", z.numpy() if place.type == "cpu" else z, image, crf, options
+    settings = options | dict(kind="predictions", crf=crf, data=ds.fingerprint(), network=model_fingerprint(net), **numerics(place, precision))
+    with memory_for("one whole image", "the size of the images"):
+        done = _make_folder(part, out, settings, prepare, _prediction_file, processes, force, progress, "predict", shard, device=place)
     return dict(computed=done["computed"], cached=done["cached"], skipped=done["skipped"])
 
 class _Part:
