@@ -1023,7 +1023,7 @@ def _write_log(rows: list, curves: dict, recipe: dict, chosen: list, out: Path, 
     from adcam.cnn import MINI_PRETRAIN, MINI_TRAIN
     settings = {step: asdict(recipe[step]) for step in ("pretrain", "train")} | dict(resnet_pretrain=asdict(MINI_PRETRAIN), resnet_train=asdict(MINI_TRAIN))
     settings |= numerics(pick_device(device))
-    data = {split: recipe[split].fingerprint() for name in ("pretrain_data", "train_data")}
+    data = {split: recipe[split].fingerprint() for split in ("pretrain_data", "train_data")}
     origin = provenance(seeds=chosen, settings=settings, data=data, checkpoints=[out / r["file"] for r in rows], seconds=sum(r["seconds"] for r in rows))
     return save_result(name, rows, log, origin, command="adcam checkpoints", losses=curves)
 
