@@ -31,7 +31,7 @@ WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count() or 1, 8))')
 QUIET     := 2> >(grep -v 'over TCP without encryption' >&2)
 PAPERMILL := $(BIN)papermill -k python3 --no-progress-bar --start-timeout 180 --execution-timeout 3600
 
-.PHONY: help install figure4 table3 fig1 fig5 fig6 theorem41 table1 table2 coco photos results checkpoints bench bench-gpu test check readme clean
+.PHONY: help install figure4 table3 fig1 fig5 fig6 theorem41 table1 table2 coco photos voc-public results checkpoints bench bench-gpu test check readme clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z][a-z0-9-]*:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -95,6 +95,15 @@ photos: install ## AD-CAM from public networks on photographs with masks: make p
 	@mkdir -p $(OUT)
 	$(PAPERMILL) nbs/paper/photos.ipynb $(OUT)/photos.ipynb -f configs/photos.yaml -p data $(DATA) $(WITH) -p out_dir $(OUT) $(QUIET)
 	@$(PY) tools/show.py $(OUT) photos
+
+# COUNTS=FOLDER reads what tools/voc_measure.py has counted, perhaps on a GPU; DATA=FOLDER CNN=FILE VIT=FILE count here first
+voc-public: OUT = results/voc
+voc-public: COUNTS ?= .cache/voc/counts
+voc-public: install ## Table 3 and Figures 4 to 6 on PASCAL VOC with public networks: make voc-public DATA=FOLDER CNN=FILE VIT=FILE
+	@test -n "$(DATA)$(wildcard $(COUNTS)/*.npz)" || { echo "nothing to read: give COUNTS=FOLDER, or DATA=FOLDER CNN=FILE VIT=FILE (tools/weights/convert.py makes the files)" >&2; exit 1; }
+	test -z "$(DATA)" || $(PY) tools/voc_measure.py --data $(DATA) --cnn-weights $(CNN) --vit-weights $(VIT) --work .cache/voc --out $(COUNTS) all
+	@mkdir -p $(OUT)
+	for name in table3 fig4 fig5 fig6; do $(PAPERMILL) nbs/paper/$$name.ipynb $(OUT)/$$name.ipynb -p counts $(abspath $(COUNTS)) -p out_dir $(OUT) $(QUIET) || exit 1; $(PY) tools/show.py $(OUT) $$name; done
 
 results: figure4 table3 fig1 fig5 fig6 theorem41 table1 table2 ## every table and figure
 

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'SIZE_MODES', 'RUN', 'resolve', 'view_size', 'picture_tokens', 'view', 'view_pixels', 'maps_needed',
-           'view_maps', 'batch_maps', 'merge', 'Seed', 'positive_classes', 'Done', 'Prepared', 'Plan', 'class_views',
-           'extract', 'class_maps', 'save_seed', 'load_seed', 'check_seed', 'images_at_once', 'launched',
+           'view_maps', 'batch_maps', 'merge', 'Seed', 'positive_classes', 'class_views', 'extract', 'class_maps',
+           'save_seed', 'load_seed', 'check_seed', 'Done', 'Prepared', 'Plan', 'images_at_once', 'launched',
            'extract_dataset', 'check_seeds', 'merge_seeds']
 
 # %% ../nbs/08_seeds.ipynb #518556e7
-import contextlib, errno, functools, importlib, inspect, json, os, zipfile, io, warnings
-from collections import deque
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, FIRST_COMPLETED, wait
+import contextlib, errno, importlib, inspect, json, os, zipfile, io, warnings, functools
+from concurrent.futures import ProcessPoolExecutor, FIRST_COMPLETED, wait, Future, ThreadPoolExecutor
 from itertools import islice
+from collections import deque
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 import numpy as np
@@ -23,11 +23,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-from .cam import ad_cam, att_diffu, cam_map, checks_later, crop_maps, trans_cam, ts_cam
-from .data import normalized, to_tensor, image_of, label_of
-from .devices import OutOfMemory, PRECISIONS, check_precision, memory_for, numerics, precision as computing_in
-from .training import model_fingerprint
+from .cam import ad_cam, att_diffu, cam_map, crop_maps, trans_cam, ts_cam, checks_later
+from .data import to_tensor, image_of, label_of, normalized
+from .training import device_of, model_fingerprint
 from .files import Account, WorkerDied, atomic_write, claimed, dead_workers_in_words, difference as _difference, follow_parent, read_reports, why_left_out, write_report
+from .devices import OutOfMemory, PRECISIONS, check_precision, memory_for, numerics, precision as computing_in
 
 # %% ../nbs/08_seeds.ipynb #a5e1965d
 METHODS: dict[str, Callable | str] = dict(cam=cam_map, ts_cam=ts_cam, trans_cam=trans_cam, att_diffu=att_diffu, ad_cam=ad_cam,
@@ -106,7 +106,7 @@ def view(
     x = to_tensor(image)[None]                       # (1,3,h,w)
     return F.pad(x, (0, W - w, 0, H - h))            # (1,3,H,W)
 
-# %% ../nbs/08_seeds.ipynb #144b521a
+# %% ../nbs/08_seeds.ipynb #c9889d21
 def view_pixels(
     image: np.ndarray,         # (H,W,3) uint8
     scale: float,              # resize factor
@@ -237,68 +237,6 @@ def positive_classes(
     keys = label.nonzero()[:, 0]
     if not len(keys): raise ValueError(f"{name}: the label vector is empty, so there is no class to make a seed for; leave the image out or label it")
     return keys
-
-# %% ../nbs/08_seeds.ipynb #3d9b8c6e
-class Done(NamedTuple):
-    "What became of one image"
-    id: str
-    skipped: str | None = None  # why there is no seed
-    unlabeled: bool = False     # no class, so no seed
-    zero: bool = False          # the maps are zero everywhere
-
-# %% ../nbs/08_seeds.ipynb #27b686b6
-class Prepared(NamedTuple):
-    "One image, read and resized, on its way to the device"
-    i: int                                  # its place in the data set
-    done: Done | None = None                # set if there is nothing to compute
-    size: tuple[int, int] = (0, 0)          # height and width of the photograph, pixels
-    keys: Any = ()                          # (n,) the classes of its label
-    pixels: Tensor | None = None            # uint8, the bytes of all views one after the other
-
-def _prepare(i: int, image: np.ndarray, keys: list[int], stride: int, scales: tuple, size_mode: str) -> Prepared:
-    views = [view_pixels(image, s, stride, size_mode).flatten() for s in scales]
-    return Prepared(i, None, image.shape[:2], keys, torch.cat(views))
-
-# %% ../nbs/08_seeds.ipynb #698e83c5
-class Plan(NamedTuple):
-    "One view as the network sees it. Images whose plans are equal can share a batch"
-    size: tuple[int, int]            # (H,W) of the view, pixels
-    tokens: tuple[int, int] | None   # rows and columns of the grid that are picture; None: all
-
-@functools.lru_cache(1024)
-def _plans(size: tuple[int, int], scales: tuple, stride: int, size_mode: str) -> tuple[Plan, ...]:
-    "The views of a photograph of this size"
-    sizes = [view_size(size, s, stride, size_mode) for s in scales]
-    return tuple(Plan(padded, picture_tokens(plain, stride) if _mode(size_mode) == "pad" else None) for plain, padded in sizes)
-
-# %% ../nbs/08_seeds.ipynb #ddd7e10f
-def _send(values: list, dtype: torch.dtype, device: torch.device) -> Tensor:
-    "A small tensor, sent without waiting"
-    x = torch.tensor(values, dtype=dtype)
-    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
-
-def _bytes_of(pictures: list[Prepared], plans: tuple[Plan, ...], device: torch.device) -> list[Tensor]:
-    "The views (B,H,W,3) uint8 on the device, one tensor per scale"
-    flat = [p.pixels.to(device, non_blocking=True) for p in pictures]
-    parts = [f.split([3 * H * W for (H, W), _ in plans]) for f in flat]
-    return [torch.stack(views).view(len(pictures), *plan.size, 3) for plan, views in zip(plans, zip(*parts))]
-
-# %% ../nbs/08_seeds.ipynb #b95bca61
-def _batch_views(model: nn.Module, pictures: list[Prepared], f: Callable, scales: tuple, flip: bool, size_mode: str, precision: str, options: dict) -> tuple[list[Tensor], Tensor]:
-    "Maps (B,n,h,w) of each scale for images of equal plans, n the largest number of classes; and which images are sound, (B,)"
-    device, most, sound = next(model.parameters()).device, max(len(p.keys) for p in pictures), []
-    layout = torch.channels_last if device.type == "cuda" and precision != "fp32" else torch.contiguous_format
-    plans = _plans(tuple(pictures[0].size), tuple(scales), model.stride, size_mode)
-    keys = _send([[*p.keys] + [0] * (most - len(p.keys)) for p in pictures], torch.int64, device)      # (B,n)
-    views = _bytes_of(pictures, plans, device)
-    for v, (s, plan) in enumerate(zip(scales, plans)):
-        plain = [view_size(p.size, s, model.stride, size_mode)[0] for p in pictures]
-        box = None if all(size == plan.size for size in plain) else _send([(0, h, 0, w) for h, w in plain], torch.int32, device)
-        x = normalized(views[v], box).contiguous(memory_format=layout)                                  # (B,3,H,W)
-        maps, good = batch_maps(model, x, keys, f, flip, plan.tokens, precision, **options)
-        views[v] = maps.float()                                                                         # (B,n,h,w)
-        sound.append(good)
-    return views, torch.stack(sound).all(0)
 
 # %% ../nbs/08_seeds.ipynb #e5ffe50f
 def _map_views(model: nn.Module, image: np.ndarray, keys: list[int], f: Callable, scales: tuple, flip: bool, size_mode: str, precision: str, options: dict) -> list[Tensor]:
@@ -449,6 +387,74 @@ def check_seed(
         if start + length + len(end) == size: return
     load_seed(path)
 
+# %% ../nbs/08_seeds.ipynb #88d4f02f
+def _where(device: torch.device, precision: str) -> dict:
+    "What the settings say about the arithmetic. Folders that say nothing were made by a CPU in float32"
+    n = numerics(device, precision)
+    return {k: n[k] for k, plain in dict(device="cpu", precision="fp32").items() if n[k] != plain}
+
+# %% ../nbs/08_seeds.ipynb #3d9b8c6e
+class Done(NamedTuple):
+    "What became of one image"
+    id: str
+    skipped: str | None = None  # why there is no seed
+    unlabeled: bool = False     # no class, so no seed
+    zero: bool = False          # the maps are zero everywhere
+
+# %% ../nbs/08_seeds.ipynb #27b686b6
+class Prepared(NamedTuple):
+    "One image, read and resized, on its way to the device"
+    i: int                                  # its place in the data set
+    done: Done | None = None                # set if there is nothing to compute
+    size: tuple[int, int] = (0, 0)          # height and width of the photograph, pixels
+    keys: Any = ()                          # (n,) the classes of its label
+    pixels: Tensor | None = None            # uint8, the bytes of all views one after the other
+
+def _prepare(i: int, image: np.ndarray, keys: list[int], stride: int, scales: tuple, size_mode: str) -> Prepared:
+    views = [view_pixels(image, s, stride, size_mode).flatten() for s in scales]
+    return Prepared(i, None, image.shape[:2], keys, torch.cat(views))
+
+# %% ../nbs/08_seeds.ipynb #698e83c5
+class Plan(NamedTuple):
+    "One view as the network sees it. Images whose plans are equal can share a batch"
+    size: tuple[int, int]            # (H,W) of the view, pixels
+    tokens: tuple[int, int] | None   # rows and columns of the grid that are picture; None: all
+
+@functools.lru_cache(1024)
+def _plans(size: tuple[int, int], scales: tuple, stride: int, size_mode: str) -> tuple[Plan, ...]:
+    "The views of a photograph of this size"
+    sizes = [view_size(size, s, stride, size_mode) for s in scales]
+    return tuple(Plan(padded, picture_tokens(plain, stride) if _mode(size_mode) == "pad" else None) for plain, padded in sizes)
+
+# %% ../nbs/08_seeds.ipynb #ddd7e10f
+def _send(values: list, dtype: torch.dtype, device: torch.device) -> Tensor:
+    "A small tensor, sent without waiting"
+    x = torch.tensor(values, dtype=dtype)
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+
+def _bytes_of(pictures: list[Prepared], plans: tuple[Plan, ...], device: torch.device) -> list[Tensor]:
+    "The views (B,H,W,3) uint8 on the device, one tensor per scale"
+    flat = [p.pixels.to(device, non_blocking=True) for p in pictures]
+    parts = [f.split([3 * H * W for (H, W), _ in plans]) for f in flat]
+    return [torch.stack(views).view(len(pictures), *plan.size, 3) for plan, views in zip(plans, zip(*parts))]
+
+# %% ../nbs/08_seeds.ipynb #b95bca61
+def _batch_views(model: nn.Module, pictures: list[Prepared], f: Callable, scales: tuple, flip: bool, size_mode: str, precision: str, options: dict) -> tuple[list[Tensor], Tensor]:
+    "Maps (B,n,h,w) of each scale for images of equal plans, n the largest number of classes; and which images are sound, (B,)"
+    device, most, sound = next(model.parameters()).device, max(len(p.keys) for p in pictures), []
+    layout = torch.channels_last if device.type == "cuda" and precision != "fp32" else torch.contiguous_format
+    plans = _plans(tuple(pictures[0].size), tuple(scales), model.stride, size_mode)
+    keys = _send([[*p.keys] + [0] * (most - len(p.keys)) for p in pictures], torch.int64, device)      # (B,n)
+    views = _bytes_of(pictures, plans, device)
+    for v, (s, plan) in enumerate(zip(scales, plans)):
+        plain = [view_size(p.size, s, model.stride, size_mode)[0] for p in pictures]
+        box = None if all(size == plan.size for size in plain) else _send([(0, h, 0, w) for h, w in plain], torch.int32, device)
+        x = normalized(views[v], box).contiguous(memory_format=layout)                                  # (B,3,H,W)
+        maps, good = batch_maps(model, x, keys, f, flip, plan.tokens, precision, **options)
+        views[v] = maps.float()                                                                         # (B,n,h,w)
+        sound.append(good)
+    return views, torch.stack(sound).all(0)
+
 # %% ../nbs/08_seeds.ipynb #7f550357
 _work: dict = {}  # what a worker process was started with
 
@@ -469,12 +475,12 @@ def _extract_one(i: int) -> Done:
         with memory_for(f"image {name}", "scales or processes"): seed = extract(model, image_of(ds, i), label, others=ds, name=name, **_work["options"])
         _finite(f"image {name}", seed)
     except (ValueError, OSError, MemoryError) as e:
-        if isinstance(e, OutOfMemory) and next(model.parameters()).is_cuda: raise  # would happen again with the next image
+        if isinstance(e, OutOfMemory) and device_of(model).type == "cuda": raise  # would happen again with the next image
         return Done(name, skipped=why_left_out(e))
     save_seed(_work["out_dir"] / f"{name}.npz", seed)
     return Done(name, zero=not seed.cam.any())
 
-# %% ../nbs/08_seeds.ipynb #35b6958d
+# %% ../nbs/08_seeds.ipynb #95026d0c
 RUN = 64  # images among which batches are formed
 
 class _Pictures(Dataset):
@@ -533,7 +539,7 @@ def images_at_once(
     need = max(400 * H * W + (192 if all_blocks else 96) * (H * W // stride**2)**2 for (H, W), _ in plans)
     return max(1, min(16, memory // 3 // (looks * need)))
 
-# %% ../nbs/08_seeds.ipynb #85d82918
+# %% ../nbs/08_seeds.ipynb #839e24f9
 def _write(picture: Prepared, name: str, arrays: tuple[Tensor, Tensor], sound: Tensor, event: Any) -> Done | None:
     "In the writer's thread: wait for the device, then write. None if the result is not sound"
     if event is not None: event.synchronize()
@@ -554,7 +560,7 @@ def _hand_over(pictures: list[Prepared], wanted: set, views: list[Tensor], sound
     if gpu: event.record(torch.cuda.current_stream(views[0].device))
     return [(p.i, writer.submit(_write, p, _work["ds"].ids[p.i], arrays, sound[b], event)) for b, p, arrays in out]
 
-# %% ../nbs/08_seeds.ipynb #12e07acd
+# %% ../nbs/08_seeds.ipynb #2ded2639
 def _finished(i: int, future: Future) -> Done:
     "What became of an image that the writer has; one that was not sound is done again alone, where every step is checked and says what is wrong"
     return future.result() or _extract_one(i)
@@ -574,7 +580,7 @@ def _extract_group(group: list[Prepared], wanted: set, writer: ThreadPoolExecuto
         except ValueError: return [(p.i, _settled(None)) for p in group if p.i in wanted]
         return _hand_over(group, wanted, views, sound, model.stride if mode in ("pad", "exact") else 1, writer)
 
-# %% ../nbs/08_seeds.ipynb #a63f05cf
+# %% ../nbs/08_seeds.ipynb #74f3b900
 @torch.no_grad()
 def _extract_runs(runs: list[list[int]], missing: set):
     "`Done` of the missing images in these runs"
@@ -626,21 +632,25 @@ def _dead_loaders():
         if "DataLoader worker" not in str(e): raise
         raise WorkerDied("a loader process was killed (often: out of memory; try fewer workers). Finished seeds are kept: run again to make the rest") from e
 
+def _alone(todo: list[int], runs: list | None, start: tuple):
+    "All the work in this process"
+    threads = torch.get_num_threads()
+    try:
+        _start(*start)
+        with _dead_loaders(): yield from map(_extract_one, todo) if runs is None else _extract_runs(runs, set(todo))
+    finally: torch.set_num_threads(threads); _work.clear()
+
 def _results(todo: list[int], processes: int, start: tuple, runs: list | None = None):
     "What became of each image, as they come, one by one or in `runs`; an error in any process is raised here"
-    if processes == 1:
-        threads = torch.get_num_threads()
-        try:
-            _start(*start)
-            with _dead_loaders(): yield from map(_extract_one, todo) if runs is None else _extract_runs(runs, set(todo))
-        finally: torch.set_num_threads(threads); _work.clear()
-        return
-    missing, jobs = set(todo), todo if runs is None else runs
-    with dead_workers_in_words("Finished seeds are kept: run again to make the rest"), ProcessPoolExecutor(processes, mp.get_context("spawn"), initializer=_start, initargs=start) as pool:
-        submit = lambda job: pool.submit(_extract_one, job) if runs is None else pool.submit(_extract_run, job, missing.intersection(job))
-        try:
-            for done in _in_turn(submit, jobs, 8 * processes): yield from [done] if runs is None else done
-        except BaseException: pool.shutdown(cancel_futures=True); raise
+    with dead_workers_in_words("Finished seeds are kept: run again to make the rest"):
+        if processes == 1: yield from _alone(todo, runs, start); return
+        missing = set(todo)
+        with ProcessPoolExecutor(processes, mp.get_context("spawn"), initializer=_start, initargs=start) as pool:
+            try:
+                if runs is None: yield from _in_turn(lambda i: pool.submit(_extract_one, i), todo, 8 * processes)
+                else:
+                    for done in _in_turn(lambda r: pool.submit(_extract_run, r, missing.intersection(r)), runs, 2 * processes): yield from done
+            except BaseException: pool.shutdown(cancel_futures=True); raise
 
 # %% ../nbs/08_seeds.ipynb #994622e3
 def launched() -> tuple[int, int]:  # (rank, number of processes); (0, 1) if nothing was launched
@@ -658,15 +668,9 @@ def _check_run(model: nn.Module, ds: Any, processes: int, threads: int, shard: t
     if len(ds.classes) != model.num_classes: raise ValueError(f"the data set has {len(ds.classes)} classes, the network {model.num_classes}; load weights that were trained on this data set")
     if not len(scales): raise ValueError("scales is empty; give at least one factor, e.g. (1.0,)")
     if batch is not None and batch < 1: raise ValueError(f"batch must be at least 1, got {batch}")
-    check_precision(precision, next(model.parameters()).device)
+    check_precision(precision, device_of(model))
     bad = [n for n, t in model.state_dict().items() if t.is_floating_point() and not t.isfinite().all()]
     if bad: raise ValueError(f"the network's weights hold NaN or infinity, in {', '.join(bad[:3])}; load another file, or train again with a lower rate")
-
-# %% ../nbs/08_seeds.ipynb #88d4f02f
-def _where(device: torch.device, precision: str) -> dict:
-    "What the settings say about the arithmetic. Folders that say nothing were made by a CPU in float32"
-    n = numerics(device, precision)
-    return {k: n[k] for k, plain in dict(device="cpu", precision="fp32").items() if n[k] != plain}
 
 # %% ../nbs/08_seeds.ipynb #3a61b3d5
 @contextlib.contextmanager
@@ -685,13 +689,14 @@ def _loaders(workers: int | None, processes: int, together: bool, device: torch.
     return min(4, (os.cpu_count() or 1) // processes) * (device.type == "cuda") if workers is None else workers
 
 # %% ../nbs/08_seeds.ipynb #6a838b07
-def _extract_all(model: nn.Module, ds: Any, out_dir: Path, extraction: dict, method: str, processes: int, threads: int, shard: tuple[int, int], progress: bool, batch: int | None, workers: int, together: bool) -> dict:
+def _extract_all(model: nn.Module, ds: Any, out_dir: Path, extraction: dict, method: str, processes: int, how: tuple, together: bool, shard: tuple[int, int], progress: bool) -> dict:
     "Everything that is missing of one share, in a folder that is ours"
-    todo, mine = _todo(ds, out_dir, shard), len(range(shard[0], len(ds), shard[1]))
-    account, runs = Account(there=mine - len(todo)), _runs(list(range(shard[0], len(ds), shard[1])), todo) if together else None
+    todo, mine = _todo(ds, out_dir, shard), range(shard[0], len(ds), shard[1])
+    runs = _runs(list(mine), todo) if together else None
+    account = Account(there=len(mine) - len(todo))
     title = f"seeds {method}" + (f" {shard[0] + 1}/{shard[1]}" if shard[1] > 1 else "")
-    with _laid_out(model, extraction.get("precision", "fp32")), tqdm(total=mine, initial=account.there, desc=title, unit="image", disable=not progress) as bar:
-        for d in _results(todo, min(processes, len(todo)) or 1, (model, ds, out_dir, extraction, threads, batch, workers), runs):
+    with tqdm(total=len(mine), initial=account.there, desc=title, unit="image", disable=not progress) as bar:
+        for d in _results(todo, min(processes, len(todo)) or 1, (model, ds, out_dir, extraction, *how), runs):
             account.add(d.id, d.skipped, d.unlabeled, d.id if d.zero else None); bar.update()
     account.check()
     if account.notes: warnings.warn(f"{len(account.notes)} of {account.computed} seeds are zero everywhere, first {min(account.notes)}: the network sees nothing of their classes")
@@ -719,16 +724,16 @@ def extract_dataset(
     **options,                          # options of the method
 ) -> dict:                              # computed, cached: how many images; skipped: [(id, reason)]; unlabeled: [id]
     "Seeds of a whole data set, resumable. Images that cannot be read or worked on are skipped and reported; if none can, that is a `ValueError`. Scripts that ask for several processes need the usual `if __name__ == '__main__':`."
-    f, device = resolve(method, options), next(model.parameters()).device
+    f, device = resolve(method, options), device_of(model)
     shard = launched() if shard is None else shard
     _check_run(model, ds, processes, threads, shard, precision, scales, batch)
     together = not _of_image(f) and (device.type == "cuda" if batch is None else batch > 1)
-    workers = _loaders(workers, processes, together, device)
     out_dir, extraction = Path(out_dir), dict(method=method, scales=tuple(scales), flip=flip, size_mode=_mode(size_mode), **options)
+    settings = extraction | _where(device, precision) | dict(data=ds.fingerprint(), network=model_fingerprint(model))
     if precision != "fp32": extraction["precision"] = precision
-    settings = {k: v for k, v in extraction.items() if k != "precision"} | _where(device, precision) | dict(data=ds.fingerprint(), network=model_fingerprint(model))
-    with claimed(out_dir, settings, "*.npz", shard=shard, force=force, what="seeds"):
-        return _extract_all(model.eval(), ds, out_dir, extraction, method, processes, threads, shard, progress, batch, workers, together)
+    how = threads, batch, _loaders(workers, processes, together, device)
+    with claimed(out_dir, settings, "*.npz", shard=shard, force=force, what="seeds"), _laid_out(model, precision):
+        return _extract_all(model.eval(), ds, out_dir, extraction, method, processes, how, together, shard, progress)
 
 # %% ../nbs/08_seeds.ipynb #7aec3608
 def check_seeds(

@@ -132,20 +132,14 @@ def test_merge_and_account(tmp_path, ds, alone):
 
 
 def test_force_by_one_process_spares_what_another_has_just_made(tmp_path, ds):
-    "Two processes with force=True: the second must not delete what the first has made since"
-    from adcam import seeds as S
-    extract_dataset(network(), ds, tmp_path, shard=(0, 2), **OPTIONS)
-    new = dict(k=8, size_mode="round")
-    fresh = tmp_path / f"{ds.ids[0]}.npz"
-    read = Path.read_text
-    def late(path, *a, **kw):  # while the second process reads the old settings, the first writes a seed
-        text = read(path, *a, **kw)
-        if path.name == "settings.json": time.sleep(.05); save_seed(fresh, load_seed(fresh))
-        return text
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(Path, "read_text", late)
-        S._guard(tmp_path, new, force=True)
-    assert [p for p in tmp_path.glob("*.npz")] == [fresh]
+    "Two ranks with force=True: the second must not delete what the first has made with the same new settings"
+    extract_dataset(network(), ds, tmp_path, shard=(0, 1), **OPTIONS)
+    new = dict(OPTIONS, k=8, force=True)
+    extract_dataset(network(), ds, tmp_path, shard=(0, 2), **new)
+    first = {p.name: p.read_bytes() for p in tmp_path.glob("*.npz")}
+    assert set(first) == {f"{i}.npz" for i in ds.ids[::2]}
+    extract_dataset(network(), ds, tmp_path, shard=(1, 2), **new)
+    assert all((tmp_path / name).read_bytes() == data for name, data in first.items())
 
 
 # ---- faults
