@@ -31,7 +31,7 @@ WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count() or 1, 8))')
 QUIET     := 2> >(grep -v 'over TCP without encryption' >&2)
 PAPERMILL := $(BIN)papermill -k python3 --no-progress-bar --start-timeout 180 --execution-timeout 3600
 
-.PHONY: help install figure4 table3 fig1 fig5 fig6 theorem41 table1 table2 coco photos voc-public claims results checkpoints bench bench-gpu test check readme clean
+.PHONY: help install figure4 table3 fig1 fig5 fig6 theorem41 table1 table2 coco photos voc voc-public claims results checkpoints bench bench-gpu test check readme clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z][a-z0-9-]*:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -104,6 +104,13 @@ voc-public: install ## Table 3 and Figures 4 to 6 on PASCAL VOC with public netw
 	test -z "$(DATA)" || $(PY) tools/voc_measure.py --data $(DATA) --cnn-weights $(CNN) --vit-weights $(VIT) --work .cache/voc --out $(COUNTS) all
 	@mkdir -p $(OUT)
 	for name in table3 fig4 fig5 fig6; do $(PAPERMILL) nbs/paper/$$name.ipynb $(OUT)/$$name.ipynb -p counts $(abspath $(COUNTS)) -p out_dir $(OUT) $(QUIET) || exit 1; $(PY) tools/show.py $(OUT) $$name; done
+
+# Conformer-S as published, VOC with SBD, GPUs: make voc DATA=FOLDER WEIGHTS=FILE WITH="--resnet timm --init timm --processes 8"
+# LIMIT=2 tries the way; ESTIMATE=1 only says the hours
+voc: OUT = results/voc_paper
+voc: install ## Tables 1 and 3 of the paper as printed: make voc DATA=FOLDER WEIGHTS=FILE (hours, on a GPU; says how many first)
+	@test -n "$(DATA)$(ESTIMATE)" || { echo "VOC is not shipped: make voc DATA=FOLDER WEIGHTS=FILE (adcam data get voc2012 FOLDER), or ESTIMATE=1" >&2; exit 1; }
+	$(PY) -m adcam.reproduce --data "$(DATA)" --weights "$(WEIGHTS)" --out $(OUT) $(if $(LIMIT),--limit $(LIMIT)) $(if $(ESTIMATE),--estimate) $(WITH)
 
 claims: OUT = results/claims
 claims: install ## every claim of the paper with its verdict, read from results/
