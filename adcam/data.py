@@ -569,11 +569,11 @@ def _size_of(info):
 
 def _annotation(a, cats, infos):
     "What is wrong with an annotation, or None"
-    if a.get("category_id") not in cats: return f"has the category {a.get('category_id')!r}, which is not defined"
+    if a.get("category_id") not in cats: return f"it has the category {a.get('category_id')!r}, which is not defined"
     try: outline = _outline(a, _size_of(infos[a["image_id"]]))
     except ValueError as e: return str(e)
     box = a.get("bbox")
-    if outline is None and not (isinstance(box, list) and len(box)==4): return "has neither outline nor box"
+    if outline is None and not (isinstance(box, list) and len(box)==4): return "it has neither outline nor box"
 
 # %% ../nbs/02_data.ipynb #bc316afa
 def read_coco(path:str|Path # instances_*.json
@@ -587,8 +587,8 @@ def read_coco(path:str|Path # instances_*.json
     problems, kept = {}, []
     for n, a in enumerate(data["annotations"]):
         if isinstance(a.get("image_id"), (list, dict)) or a.get("image_id") not in infos: continue          # of no image of this file
-        wrong = _annotation(a, cats, infos) if not isinstance(a.get("category_id"), (list, dict)) else "has no category"
-        if wrong: problems.setdefault(a["image_id"], f"{path}: annotation {a.get('id', n)} of {infos[a['image_id']]['file_name']} {wrong}")
+        wrong = _annotation(a, cats, infos) if not isinstance(a.get("category_id"), (list, dict)) else "it has no category"
+        if wrong: problems.setdefault(a["image_id"], f"{path}: annotation {a.get('id', n)} of {infos[a['image_id']]['file_name']}: {wrong}")
         else: kept.append(a | dict(id=n))                                                                   # pycocotools wants different ids
     for i, r in infos.items():
         if r["file_name"][:1] in "/\\" or ".." in Path(r["file_name"].replace("\\", "/")).parts: problems[i] = f"{path}: the image {r['file_name']!r} leads out of the folder"
@@ -753,22 +753,33 @@ def _one_hot(path, rows, classes):
     return classes, table
 
 # %% ../nbs/02_data.ipynb #b4ab33a6
+_EMPTY = ("", "nan", "none", "null", "n/a", "na", "-", "[]", "()", "{}")                    # what programs write for nothing
+_ODD = re.compile(r"[,;|\[\]{}()'\"/\\\\:=]")                                              # no part of a name
+
+def _list_of(cell):
+    "Names of a cell that is a list: `cat;dog`, `cat,dog`, `cat|dog`, `['cat', 'dog']`; None if it is none"
+    inside = re.fullmatch(r"[\[({](.*)[\])}]", cell)
+    text = inside[1] if inside else cell
+    sign = next((s for s in ";|," if s in text), None)
+    if sign is None and not inside: return None
+    return [n for n in (p.strip().strip("'\"").strip() for p in text.split(sign)) if n]
+
 def _split_names(cell, classes):
     "`cat;traffic light` or `cat dog` -> names"
-    if ";" in cell: return [c.strip() for c in cell.split(";") if c.strip()]
-    return [cell] if classes and cell in classes else cell.split()
-
-_ODD, _EMPTY = re.compile(r"[,|\[\]{}()'\"/\\:=]"), ("nan", "none", "null", "n/a", "na", "-", "?")
+    cell = cell.strip()
+    if classes and cell in classes: return [cell]
+    if cell.lower() in _EMPTY: return []
+    return _list_of(cell) or cell.split()
 
 def _guessed(path, cells):
     "Class names of a table without a list of classes; a name that looks like a slip is refused"
-    surely = {c for _, _, cell in cells if ";" in cell for c in _split_names(cell, None)}
-    words = surely | {cell for _, _, cell in cells if cell and " " not in cell and ";" not in cell}
+    surely = {c for _, _, cell in cells for c in _list_of(cell) or ()}
+    words = surely | {cell for _, _, cell in cells if cell and " " not in cell and not _list_of(cell)}
     for n, _, cell in cells:
-        if surely and " " in cell and ";" not in cell and cell not in surely and not set(cell.split())<=words:
+        if surely and " " in cell and not _list_of(cell) and cell not in surely and not set(cell.split())<=words:
             raise ValueError(f"{path}, line {n}: is {cell!r} one class or {len(cell.split())}? Other lines use `;`: write classes.txt with one name per line beside it, or `;` between names")
         for c in _split_names(cell, surely):
-            if _ODD.search(c) or c.lower() in _EMPTY: raise ValueError(f"{path}, line {n}: {cell!r} would make a class named {c!r}. Separate names by `;`, leave the cell empty if the image shows no class, or write classes.txt with one name per line beside it")
+            if _ODD.search(c) or c.lower() in _EMPTY[1:]: raise ValueError(f"{path}, line {n}: {cell!r} would make a class named {c!r}. Separate names by `;`, leave the cell empty if the image shows no class, or write classes.txt with one name per line beside it")
     return surely, sorted({c for _, _, cell in cells for c in _split_names(cell, surely)})
 
 def _by_name(path, rows, classes):
@@ -995,7 +1006,10 @@ def _without(ds, i, classes, masks, files, told):
         if masks and not has_mask(ds, i): return f"image {name} has no mask to compare with"
     except (ValueError, OSError) as e: return str(e)
     if files is None or name in files[1]: return None
-    return told.get(name) or f"{files[0]} has no file {name}{files[2]}"
+    if name in told: return told[name]
+    with contextlib.suppress(ValueError, OSError):
+        if hasattr(ds, "label") and not ds.label(i).any(): return ""                      # no class, so the earlier stage had nothing to do
+    return f"{files[0]} has no file {name}{files[2]}"
 
 def _names_in(folder, suffix):
     "Names without suffix of the files in a folder, by one look at it"

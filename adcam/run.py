@@ -35,8 +35,8 @@ def _as_type(
 ) -> Any:
     "Text to the type of a default: numbers, words, or tuples of numbers"
     if isinstance(default, str): return text
-    try: value = ast.literal_eval(text)
-    except (ValueError, SyntaxError): value = text
+    try: value = ast.literal_eval(text.capitalize() if text.lower() in ("true", "false") else text)  # data only: nothing is executed
+    except (ValueError, SyntaxError, MemoryError, RecursionError): value = text
     if isinstance(default, tuple): value = tuple(map(type(default[0]), value)) if isinstance(value, tuple) else (value,)
     if type(default) is float and type(value) is int: value = float(value)
     right = all(type(v) is type(default[0]) for v in value) if isinstance(default, tuple) else type(value) is type(default)
