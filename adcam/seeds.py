@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['METHODS', 'SIZE_MODES', 'PRECISIONS', 'resolve', 'view_size', 'picture_tokens', 'view', 'maps_needed', 'view_maps',
            'merge', 'Seed', 'positive_classes', 'class_views', 'extract', 'class_maps', 'save_seed', 'load_seed',
-           'check_seed', 'model_fingerprint', 'Done', 'launched', 'extract_dataset', 'check_seeds', 'merge_seeds']
+           'check_seed', 'Done', 'launched', 'extract_dataset', 'check_seeds', 'merge_seeds']
 
 # %% ../nbs/08_seeds.ipynb #518556e7
-import contextlib, errno, hashlib, importlib, inspect, io, json, os, warnings, zipfile
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+import contextlib, errno, importlib, inspect, json, os, zipfile, io, warnings
+from concurrent.futures import ProcessPoolExecutor, FIRST_COMPLETED, wait
 from itertools import islice
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
@@ -21,7 +21,8 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 from .cam import ad_cam, att_diffu, cam_map, crop_maps, trans_cam, ts_cam
-from .data import image_of, label_of, to_tensor
+from .data import to_tensor, image_of, label_of
+from .training import model_fingerprint
 from .files import Account, atomic_write, claimed, dead_workers_in_words, difference as _difference, follow_parent, read_reports, why_left_out, write_report
 
 # %% ../nbs/08_seeds.ipynb #a5e1965d
@@ -335,17 +336,6 @@ def check_seed(
         length, start = (int.from_bytes(end[i:i + 4], "little") for i in (12, 16))  # of the table of contents
         if start + length + len(end) == size: return
     load_seed(path)
-
-# %% ../nbs/08_seeds.ipynb #9548e3cd
-def model_fingerprint(
-    model: nn.Module,  # any network
-) -> str:              # sha256, 64 hex digits
-    "Names and values of all parameters and buffers, independent of the device."
-    h = hashlib.sha256()
-    for name, t in sorted(model.state_dict().items()):
-        h.update(f"{name} {tuple(t.shape)} {t.dtype}".encode())
-        h.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() if t.ndim else str(t.item()).encode())
-    return h.hexdigest()
 
 # %% ../nbs/08_seeds.ipynb #3d9b8c6e
 class Done(NamedTuple):
