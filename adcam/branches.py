@@ -13,7 +13,7 @@ from timm.layers import DropPath
 from torch import nn, Tensor
 from torch.overrides import TorchFunctionMode
 from .cam import _blocks
-from .conformer import Maps
+from .conformer import Maps, read_weights
 
 # %% ../nbs/06_branches.ipynb #254fa581
 def _bias(mask, q, k):
@@ -412,10 +412,13 @@ class TwoBranch(_Heads):
 
 # %% ../nbs/06_branches.ipynb #f81fc916
 def _load(model, path):
-    "Weights of a whole TwoBranch"
-    from safetensors.torch import load_file
-    try: model.load_state_dict(load_file(path))
-    except Exception as e: raise ValueError(f"{path} does not fit TwoBranch{model.names} with {model.num_classes} classes: {' '.join(str(e).split())[:300]}") from e
+    "Weights of a whole TwoBranch, or a `ValueError` that says what differs"
+    state, own = read_weights(path), model.state_dict()
+    missing, more = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shapes = [f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}" for k in sorted(own.keys() & state.keys()) if state[k].shape != own[k].shape]
+    told = [f"{len(v)} {what} ({', '.join(v[:3])}{', ...' if len(v) > 3 else ''})" for what, v in (("missing", missing), ("unexpected", more), ("of other shape", shapes)) if v]
+    if told: raise ValueError(f"{path} does not fit TwoBranch{model.names} with {model.num_classes} classes: {'; '.join(told)}. Build it with the networks and the number of classes that the file was made with")
+    model.load_state_dict(state)
 
 # %% ../nbs/06_branches.ipynb #5541f239
 def _ranges(text):

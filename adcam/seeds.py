@@ -225,6 +225,8 @@ def class_views(
 ) -> tuple[Tensor, list[Tensor]]:      # keys (n,), and maps (n,h,w) of each view, not normalized
     "What `extract` merges: all views through the network and the method"
     if model.training: raise ValueError("the network is in training mode (dropout, batch statistics); call model.eval() before extracting seeds")
+    half = next((p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype not in (torch.float32, torch.float64)), None)
+    if half: raise ValueError(f"the network is in {str(half).removeprefix('torch.')}; call model.float() and choose precision='bf16' or 'fp16', which keeps attention and similarity exact")
     f, keys = resolve(method, options), positive_classes(label, model.num_classes)
     if not len(scales): raise ValueError("scales is empty; give at least one factor, e.g. (1.0,)")
     options |= {n: v for n, v in dict(others=others, name=name).items() if n in inspect.signature(f).parameters}
