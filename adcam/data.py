@@ -649,7 +649,8 @@ class _COCO2014(_Files):
         coco = self._coco = read_coco(self._json)
         infos = [coco.imgs[i] for i in sorted(coco.imgs, key=_order)]
         self.classes = tuple(coco.cats[c]["name"] for c in sorted(coco.cats, key=_order))
-        self._names = [f["file_name"].replace("\\", "/") for f in infos]
+        names = [f["file_name"].replace("\\", "/") for f in infos]
+        self._names = [Path(n).name if n.startswith("/") or ".." in Path(n).parts else n for n in names]    # never outside of the folder
         self.ids = [check_id(Path(n).stem, self._json) for n in self._names]
         self.problems = {n: coco.problems[f["id"]] for n, f in zip(self.ids, infos) if f["id"] in coco.problems}
         self._image_ids = [f["id"] for f in infos]

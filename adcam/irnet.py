@@ -37,7 +37,7 @@ from .scenes import Sample
 from .seeds import Seed, load_seed, save_seed
 from .training import arithmetic, device_of, make_accelerator, model_fingerprint, origin, precision_name, untouched
 from .devices import numerics, precision as computed_in
-from .files import Account, atomic_write, claimed, dead_workers_in_words, difference, follow_parent, one_at_a_time, why_left_out, write_report
+from .files import Account, atomic_write, claimed, dead_workers_in_words, difference, follow_parent, one_at_a_time, shielded, why_left_out, write_report
 from .viz import palette
 
 # %% ../nbs/11_irnet.ipynb #6c036a98
@@ -942,7 +942,8 @@ def _all_images(todo, prepare, work, processes, done, ahead=False):
     with dead_workers_in_words(), Parallel(processes, return_as="generator_unordered", max_nbytes=None, initializer=follow_parent) as pool:
         for at in range(0, len(todo), 8*processes):
             jobs = [delayed(_attempt)(i, work, args) for i, args in _ready(todo[at:at + 8*processes], prepare, done)]
-            for result in pool(jobs): done(result)
+            with shielded(): results = pool(jobs)
+            for result in results: done(result)
 
 # %% ../nbs/11_irnet.ipynb #77878f16
 def _make_folder(ds, out, settings, prepare, work, processes, force, progress, what, shard=(0, 1), device=None):

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from .cam import ad_cam, att_diffu, cam_map, crop_maps, trans_cam, ts_cam
 from .data import to_tensor, image_of, label_of
 from .training import model_fingerprint
-from .files import Account, atomic_write, claimed, dead_workers_in_words, difference as _difference, follow_parent, read_reports, why_left_out, write_report
+from .files import Account, atomic_write, claimed, dead_workers_in_words, difference as _difference, follow_parent, read_reports, shielded, why_left_out, write_report
 
 # %% ../nbs/08_seeds.ipynb #a5e1965d
 METHODS: dict[str, Callable | str] = dict(cam=cam_map, ts_cam=ts_cam, trans_cam=trans_cam, att_diffu=att_diffu, ad_cam=ad_cam,
@@ -388,7 +388,7 @@ def _in_turn(submit: Callable, jobs: Any, ahead: int):
     "Results of submitted jobs as they come; only `ahead` jobs are waiting at any time, however many there are"
     jobs, waiting = iter(jobs), set()
     while True:
-        waiting |= {submit(j) for j in islice(jobs, ahead - len(waiting))}
+        with shielded(): waiting |= {submit(j) for j in islice(jobs, ahead - len(waiting))}
         if not waiting: return
         done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
         for job in done: yield job.result()

@@ -133,19 +133,14 @@ def test_merge_and_account(tmp_path, ds, alone):
 
 def test_force_by_one_process_spares_what_another_has_just_made(tmp_path, ds):
     "Two processes with force=True: the second must not delete what the first has made since"
-    from adcam import seeds as S
+    from adcam.files import claimed
     extract_dataset(network(), ds, tmp_path, shard=(0, 2), **OPTIONS)
-    new = dict(k=8, size_mode="round")
-    fresh = tmp_path / f"{ds.ids[0]}.npz"
-    read = Path.read_text
-    def late(path, *a, **kw):  # while the second process reads the old settings, the first writes a seed
-        text = read(path, *a, **kw)
-        if path.name == "settings.json": time.sleep(.05); save_seed(fresh, load_seed(fresh))
-        return text
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(Path, "read_text", late)
-        S._guard(tmp_path, new, force=True)
-    assert [p for p in tmp_path.glob("*.npz")] == [fresh]
+    fresh, new = tmp_path / f"{ds.ids[0]}.npz", dict(k=8, size_mode="round")
+    seed = load_seed(fresh)
+    with claimed(tmp_path, new, "*.npz", shard=(0, 2), force=True):
+        assert not list(tmp_path.glob("*.npz"))
+        save_seed(fresh, seed)
+        with claimed(tmp_path, new, "*.npz", shard=(1, 2), force=True): assert [p for p in tmp_path.glob("*.npz")] == [fresh]
 
 
 # ---- faults
