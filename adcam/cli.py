@@ -72,7 +72,7 @@ def version() -> None:
     typer.echo(f"  python {platform.python_version()} on {platform.system()} {platform.machine()}")
 
 # %% ../nbs/14_cli.ipynb #758bed22
-Data = Annotated[str, typer.Option(help="`mini` for the embedded Scenes, a folder, or voc2012:DIR, coco2014:DIR, voc:DIR, folder:DIR.")]
+Data = Annotated[str, typer.Option(help="`mini` for the embedded Scenes, a folder, or voc2012:DIR, coco2014:DIR, voc:DIR, coco:DIR, folder:DIR.")]
 Split = Annotated[str, typer.Option(help="train, val or test of Scenes; a list in ImageSets/Segmentation of a folder.")]
 Images = Annotated[Optional[int], typer.Option("--n", min=1, help="Only the first N images.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N; auto takes this process's GPU if there is one.")]

@@ -486,7 +486,7 @@ def _check_voc(ds):
     for sub, ext in parts:
         missing = sorted(set(ds.ids) - {p.stem for p in (ds.root/sub).glob(f"*.{ext}")})
         if missing: wrong.append(f"missing in {sub}: {len(missing):,} of {len(ds):,}, first {missing[0]}.{ext}")
-    if wrong: raise FileNotFoundError(f"VOC 2012 in {ds.root}, split {ds.split}: {'; '.join(wrong)}. {_GET_VOC}; strict=False takes the folder as it is")
+    if wrong: raise FileNotFoundError(f"VOC 2012 in {ds.root}, split {ds.split}: {'; '.join(wrong)}. {_GET_VOC}; voc:DIR takes the folder as it is (in Python strict=False)")
 
 # %% ../nbs/02_data.ipynb #79b969fc
 def voc2012(root:str|Path, # VOC2012, VOCdevkit, or the folder that holds VOCdevkit
@@ -714,7 +714,7 @@ def coco2014(root:str|Path, # folder with train2014, val2014 and annotations
     if not Path(root).is_dir(): raise FileNotFoundError(f"no folder {root}; expected one with {split} and annotations; {get}")
     ds = COCO2014(root, split, check)
     if strict and (len(ds), ds.classes)!=(COCO_COUNTS[split], COCO_CLASSES):
-        raise FileNotFoundError(f"COCO 2014 in {root}, {split}: {len(ds):,} images and {len(ds.classes)} classes instead of {COCO_COUNTS[split]:,} and 80. {get}; strict=False takes the folder as it is")
+        raise FileNotFoundError(f"COCO 2014 in {root}, {split}: {len(ds):,} images and {len(ds.classes)} classes instead of {COCO_COUNTS[split]:,} and 80. {get}; coco:DIR takes the folder as it is (in Python strict=False)")
     return ds
 
 # %% ../nbs/02_data.ipynb #9cf0084c
@@ -1090,7 +1090,7 @@ def check_agreement(ds, # data set with labels and masks
     if odd and 2*len(odd)>=n: raise ValueError(f"labels and masks do not fit: in {len(odd)} of {n} images they have no class in common, first {odd[0][0]}: {odd[0][1]}. Masks hold 0 for background, 1 to {len(ds.classes)} in the order of the class list ({', '.join(ds.classes[:3])}{', ...' if len(ds.classes)>3 else ''}), 255 for ignore")
 
 # %% ../nbs/02_data.ipynb #09aafebd
-KINDS = ("voc2012", "coco2014", "voc", "folder")
+KINDS = ("voc2012", "coco2014", "voc", "coco", "folder")  # voc and coco: in that form, of any size
 
 def _kind(root):
     "What a folder looks like"
@@ -1103,7 +1103,7 @@ def _kind(root):
     raise ValueError(f"{root} is no data set: it has neither annotations/instances_*.json (COCO) nor ImageSets/Segmentation (VOC) nor labels.csv")
 
 # %% ../nbs/02_data.ipynb #1a4c2ecf
-def open_data(data:str|Path, # mini, a folder, or voc2012:DIR, coco2014:DIR, voc:DIR, folder:DIR
+def open_data(data:str|Path, # mini, a folder, or voc2012:DIR, coco2014:DIR, voc:DIR, coco:DIR, folder:DIR
               split:str="train", # a split of that data set; a folder of your own has none
               n:int|None=None, # only the first n images
               strict:bool=True, # official counts of VOC 2012 and COCO 2014
@@ -1116,6 +1116,7 @@ def open_data(data:str|Path, # mini, a folder, or voc2012:DIR, coco2014:DIR, voc
     if kind not in KINDS: kind, root = _kind(data), data
     if kind=="voc2012": ds = voc2012(root, split, strict, check)
     elif kind=="coco2014": ds = coco2014(root, split, strict, check)
+    elif kind=="coco": ds = coco2014(root, split, False, check)
     elif kind=="voc": ds = VOCFolder(root, split, check=check)
     elif split not in ("train", "all"): raise ValueError(f"{root} is a folder of your own and has no split {split!r}; make a folder per split")
     else: ds = folder(root, masks="masks" if (Path(root)/"masks").is_dir() else None, check=check)

@@ -429,6 +429,18 @@ def test_a_missing_network_is_told_at_once(monkeypatch):
     assert asked == [5]
 
 
+def test_remedies_are_options(tmp_path, run, weights):
+    root = coco_tree(tmp_path / "c", [])
+    code, said = run("seeds", "--data", root, "--split", "val", "--out", tmp_path / "s", "--weights", weights)
+    assert code == 2 and "coco:DIR takes the folder as it is" in said and len(open_data(f"coco:{root}", "val")) == 2
+    picture(tmp_path / "p.png", 24, 24)
+    code, said = run("explain", tmp_path / "p.png", "--max-megapixels", 0.0001, "--random-weights", "--out", tmp_path / "o.png")
+    assert code == 2 and "--max-megapixels" in said
+    (tmp_path / "d").mkdir(); picture(tmp_path / "d/a.png"); (tmp_path / "d/labels.csv").write_text("id,emu,yak\na,1,0\n")
+    code, said = run("seeds", "--data", tmp_path / "d", "--out", tmp_path / "t", "--weights", weights, "--scales", 1, "-k", 50)
+    assert code == 2 and "--option clip_k=true" in said
+
+
 # ---- kind 10: the kernel
 
 def test_the_kernel_is_this_interpreter(tmp_path, monkeypatch):
