@@ -25,19 +25,19 @@ from typing import Any, NamedTuple
 from accelerate import Accelerator
 from joblib import Parallel, delayed
 from PIL import Image
-from safetensors.torch import load_file
 from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from .classifier import EpochBatches, PolySGD, save_weights
 from .crf import IRN as CRF_OF_IRN, dense_crf, refine_labels, unary_from_labels
+from .conformer import read_weights
 from .data import to_tensor, check_png, image_of, weak_of
 from .scenes import Sample
 from .seeds import Seed, load_seed, save_seed
 from .training import arithmetic, device_of, make_accelerator, model_fingerprint, origin, precision_name, untouched
 from .devices import numerics, precision as computed_in
-from .files import Account, atomic_write, claimed, dead_workers_in_words, difference, follow_parent, one_at_a_time, why_left_out, write_report
+from .files import Account, atomic_write, claimed, dead_workers_in_words, difference, follow_parent, one_at_a_time, shielded, why_left_out, write_report
 from .viz import palette
 
 # %% ../nbs/11_irnet.ipynb #6c036a98
@@ -290,12 +290,9 @@ def mask_edges(
 
 # %% ../nbs/11_irnet.ipynb #fdf2d9c7
 def _read_state(path):
-    "Tensors of a .safetensors or a torch file; never by pickle"
-    path = Path(path)
-    if not path.exists(): raise FileNotFoundError(f"no weights {path}; train_irnet writes irnet.safetensors, and ResNet50Stages('timm') downloads ImageNet weights")
-    try: return load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # a torn file can fail in any way
-        raise ValueError(f"cannot read {path} ({type(e).__name__}: {e}); copy or train it again") from e
+    "Weights by the loader of all networks"
+    if not Path(path).exists(): raise FileNotFoundError(f"no weights {path}; train_irnet writes irnet.safetensors, and ResNet50Stages('timm') downloads ImageNet weights")
+    return read_weights(path)
 
 # %% ../nbs/11_irnet.ipynb #9b8ad77f
 class ResNet50Stages(ResNet):
@@ -975,7 +972,8 @@ def _all_images(todo, prepare, work, processes, done, ahead=False):
     with dead_workers_in_words(), Parallel(processes, return_as="generator_unordered", max_nbytes=None, initializer=follow_parent) as pool:
         for at in range(0, len(todo), 8*processes):
             jobs = [delayed(_attempt)(i, work, args) for i, args in _ready(todo[at:at + 8*processes], prepare, done)]
-            for result in pool(jobs): done(result)
+            with shielded(): results = pool(jobs)
+            for result in results: done(result)
 
 # %% ../nbs/11_irnet.ipynb #77878f16
 def _make_folder(ds, out, settings, prepare, work, processes, force, progress, what, shard=(0, 1), device=None):

@@ -36,8 +36,8 @@ def _as_type(
 ) -> Any:
     "Text to the type of a default: numbers, words, or tuples of numbers"
     if isinstance(default, str): return text
-    try: value = ast.literal_eval(text)
-    except (ValueError, SyntaxError): value = text
+    try: value = ast.literal_eval(text.capitalize() if text.lower() in ("true", "false") else text)  # data only: nothing is executed
+    except (ValueError, SyntaxError, MemoryError, RecursionError): value = text
     if isinstance(default, tuple): value = tuple(map(type(default[0]), value)) if isinstance(value, tuple) else (value,)
     if type(default) in (float, type(None)) and type(value) is int: value = float(value)
     if default is None and (value is None or type(value) is float): return value   # a number that may be left out

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from .cam import ad_cam, att_diffu, cam_map, crop_maps, trans_cam, ts_cam, checks_later
 from .data import to_tensor, image_of, label_of, normalized
 from .training import device_of, model_fingerprint
-from .files import Account, WorkerDied, atomic_write, claimed, dead_workers_in_words, difference as _difference, follow_parent, read_reports, why_left_out, write_report
+from .files import Account, WorkerDied, atomic_write, claimed, dead_workers_in_words, difference as _difference, follow_parent, read_reports, why_left_out, write_report, shielded
 from .devices import OutOfMemory, PRECISIONS, check_precision, memory_for, numerics, precision as computing_in
 
 # %% ../nbs/08_seeds.ipynb #a5e1965d
@@ -275,6 +275,8 @@ def class_views(
 ) -> tuple[Tensor, list[Tensor]]:      # keys (n,), and maps (n,h,w) of each view, not normalized
     "What `extract` merges: all views through the network and the method"
     if model.training: raise ValueError("the network is in training mode (dropout, batch statistics); call model.eval() before extracting seeds")
+    half = next((p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype not in (torch.float32, torch.float64)), None)
+    if half: raise ValueError(f"the network is in {str(half).removeprefix('torch.')}; call model.float() and choose precision='bf16' or 'fp16', which keeps attention and similarity exact")
     f, keys = resolve(method, options), positive_classes(label, model.num_classes)
     if not len(scales): raise ValueError("scales is empty; give at least one factor, e.g. (1.0,)")
     options |= {n: v for n, v in dict(others=others, name=name).items() if n in inspect.signature(f).parameters}
@@ -619,7 +621,7 @@ def _in_turn(submit: Callable, jobs: Any, ahead: int):
     "Results of submitted jobs as they come; only `ahead` jobs are waiting at any time, however many there are"
     jobs, waiting = iter(jobs), set()
     while True:
-        waiting |= {submit(j) for j in islice(jobs, ahead - len(waiting))}
+        with shielded(): waiting |= {submit(j) for j in islice(jobs, ahead - len(waiting))}
         if not waiting: return
         done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
         for job in done: yield job.result()
