@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'MAX_SIDE', 'CONVERT_OFFICIAL', 'PathIndex', 'path_index', 'affinity', 'affinity_matrix',
-           'chebyshev_coefficients', 'random_walk', 'mask_edges', 'ResNet50Stages', 'TimmStages', 'ConformerStages',
-           'ResNetStages', 'IRNet', 'pair_labels', 'irn_loss', 'ir_label', 'IRViews', 'save_mask', 'IRNetConfig',
-           'train_irnet', 'set_mean_shift', 'load_irnet', 'edge_displacement', 'edge_map', 'upsample_walk',
-           'walk_label', 'pseudo_mask', 'smooth_mask', 'make_ir_labels', 'make_pseudo_masks', 'write_official',
-           'import_official']
+           'chebyshev_coefficients', 'random_walk', 'walk_on', 'mask_edges', 'ResNet50Stages', 'TimmStages',
+           'ConformerStages', 'ResNetStages', 'IRNet', 'pair_labels', 'irn_loss', 'ir_label', 'IRViews', 'save_mask',
+           'IRNetConfig', 'train_irnet', 'set_mean_shift', 'load_irnet', 'edge_displacement', 'edge_map',
+           'upsample_walk', 'walk_label', 'pseudo_mask', 'smooth_mask', 'make_ir_labels', 'make_pseudo_masks',
+           'files_from_seeds', 'write_official', 'import_official']
 
 # %% ../nbs/11_irnet.ipynb #256d593e
 import functools, hashlib, io, json, math, os, warnings, zipfile
@@ -237,6 +237,21 @@ def random_walk(
     out = _walk(affinity_matrix(edge, radius, beta), (maps*(1 - edge)).reshape(-1, edge.size), 2**exp_times, method, device)
     out = out.reshape(maps.shape).astype(np.float32)
     return torch.from_numpy(out).to(cam.device) if isinstance(cam, Tensor) else out
+
+# %% ../nbs/11_irnet.ipynb #5c7e0b01
+def walk_on(
+    A: sp.dia_array,           # (N,N) float64, symmetric, non-negative, ones on the diagonal
+    x: np.ndarray,             # (C,N) maps, one per row
+    steps: int,                # at least 1
+    *,
+    method: str = "chebyshev", # or "products"
+    device: Any = None,        # where torch does the products; None: scipy on the CPU
+) -> np.ndarray:               # (C,N) float64
+    "P^steps x with P = D⁻¹A, for any affinities: one diagonal per neighbor, as `affinity_matrix` gives them"
+    if method not in ("chebyshev", "products"): raise ValueError(f"method is {method!r}; choose 'chebyshev' or 'products'")
+    if not steps >= 1: raise ValueError(f"steps is {steps}; a walk takes at least 1")
+    if x.ndim != 2 or x.shape[1] != A.shape[0]: raise ValueError(f"maps of shape {x.shape} do not fit a {A.shape[0]}x{A.shape[1]} matrix; give (C,{A.shape[0]})")
+    return _walk(A, np.asarray(x, np.float64), steps, method, device)
 
 # %% ../nbs/11_irnet.ipynb #6e4ec75c
 def mask_edges(
@@ -831,7 +846,7 @@ def _open_folder(out, settings, force):
             odd = "; ".join(f"{k}: {old.get(k)!r} there, {settings.get(k)!r} now" for k in sorted(old.keys() | settings.keys()) if old.get(k) != settings.get(k))
             raise ValueError(f"{out} holds files made with other settings ({odd}); choose another folder, or pass force=True to replace them")
         if old != settings:
-            for f in out.glob("*.png"): f.unlink()
+            for f in (*out.glob("*.png"), *out.glob("*.npz")): f.unlink()
     atomic_write(path, lambda f: f.write(json.dumps(settings, indent=1).encode()))
 
 # %% ../nbs/11_irnet.ipynb #49f6ef80
@@ -951,6 +966,39 @@ def make_pseudo_masks(
         return out/f"{sample.id}.png", seed, find(sample), sample.image if crf else None, sample.image.shape[:2], name, options
     settings = options | dict(kind="pseudo masks", crf=crf, data=ds.fingerprint(), seeds=_folder_settings(seed_dir), edges=source)
     return _make_folder(ds, out, settings, prepare, _mask_file, processes, force, progress, "pseudo masks")
+
+# %% ../nbs/11_irnet.ipynb #5c7e0b04
+def files_from_seeds(
+    ds: Any,                      # data set: `len`, `ds[i] -> Sample`, `ids`, `classes`, `fingerprint()`
+    seed_dir: str|Path,           # folder of `extract_dataset`
+    out: str|Path,                # folder for the files and settings.json
+    settings: dict,               # what decides the values; data and seeds are added
+    ask: Callable,                # (sample, seed, name) -> arguments of `work`, in this process
+    work: Callable,               # (path, *arguments) writes the file, in a worker; importable, so no lambda
+    read: Callable,               # path -> anything; `ValueError` if the file is damaged
+    suffix: str = ".png",         # of the files
+    *,
+    processes: int|None = None,   # worker processes; None takes all cores
+    force: bool = False,          # replace files made with other settings
+    progress: bool = True,        # show a bar
+    what: str = "files",          # for the bar
+) -> dict[str, int]:              # how many were computed, were there, and came from an empty seed
+    "One file per image, made from its seed: the common part of methods with files of their own"
+    out, todo, empty = Path(out), [], []
+    _check_seeds(ds, seed_dir)
+    _open_folder(out, settings | dict(data=ds.fingerprint(), seeds=_folder_settings(seed_dir)), force)
+    for i, name in enumerate(ds.ids):
+        try: read(out/f"{name}{suffix}")
+        except FileNotFoundError: todo.append(i)
+        except ValueError as e: print(f"redone: {e}"); todo.append(i)
+    def prepare(i):
+        sample, seed, name = _seed_of(ds, i, seed_dir)
+        return out/f"{sample.id}{suffix}", *ask(sample, seed, name)
+    with tqdm(total=len(ds), initial=len(ds) - len(todo), desc=what, unit="image", disable=not progress) as bar:
+        def done(notes): empty.extend(notes); bar.update()
+        _all_images(todo, prepare, work, min(processes or os.cpu_count(), len(todo)) or 1, done)
+    for note in empty: warnings.warn(note)
+    return dict(computed=len(todo), cached=len(ds) - len(todo), empty=len(empty))
 
 # %% ../nbs/11_irnet.ipynb #89841cb8
 def write_official(
