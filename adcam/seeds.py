@@ -27,7 +27,8 @@ from .scenes import atomic_write
 
 # %% ../nbs/08_seeds.ipynb #a5e1965d
 METHODS: dict[str, Callable | str] = dict(cam=cam_map, ts_cam=ts_cam, trans_cam=trans_cam, att_diffu=att_diffu, ad_cam=ad_cam,
-    **{name: f"adcam.baselines.{name}:{name}_views" for name in ("recam", "advcam", "rib", "getam", "score_cam")})
+    **{name: f"adcam.baselines.{name}:{name}_views" for name in ("recam", "advcam", "rib", "getam", "score_cam", "seam")},
+    pcm="adcam.baselines.seam:pcm_views")
 
 # %% ../nbs/08_seeds.ipynb #c8df5215
 def _function(method: str) -> Callable:
