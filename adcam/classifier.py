@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from PIL import Image
 from safetensors.torch import save
@@ -26,7 +26,9 @@ from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 from .conformer import Conformer
 from .data import TrainViews, to_tensor
-from .scenes import atomic_write
+from .devices import PRECISIONS, memory_for, numerics, tf32
+from .training import arithmetic, device_of, make_accelerator, origin, precision_name
+from .files import atomic_write, difference, one_at_a_time
 
 # %% ../nbs/04_classifier.ipynb #a9777ff0
 def bce_loss(logits:Tensor, # (B,K) one logit per class
@@ -140,7 +142,7 @@ class TrainConfig:
     crop:int = 384 # side of the square views
     resize:tuple|None = (320, 640) # range of the long side before the crop; None keeps the size
     seed:int = 0 # of order, augmentation and drop path
-    mixed_precision:str = "no" # "no", "bf16", or "fp16" on a GPU
+    mixed_precision:str = "fp32" # "fp32", "tf32", "bf16", or "fp16" on a GPU
     workers:int = 0 # processes that prepare views
 
 # %% ../nbs/04_classifier.ipynb #d8998d3c
@@ -183,8 +185,7 @@ def _check_config(c):
     for f in fields(c): need(not f.name.startswith("lr_") or getattr(c, f.name)>0, f.name, "above 0")
     for name in ("weight_decay", "warmup", "workers", "seed"): need(getattr(c, name)>=0, name, "at least 0")
     for name in ("schedule_vit", "schedule_cnn"): need(getattr(c, name) in SCHEDULES, name, f"one of {', '.join(SCHEDULES)}")
-    need(c.mixed_precision in ("no", "bf16", "fp16"), "mixed_precision", "'no', 'bf16' or 'fp16'")
-    need(c.mixed_precision!="fp16" or torch.cuda.is_available(), "mixed_precision", "'no' or 'bf16' on this machine: fp16 needs a GPU")
+    need(precision_name(c.mixed_precision) in PRECISIONS, "mixed_precision", f"one of {', '.join(PRECISIONS)}")
     if isinstance(c, PretrainConfig):
         need(0<=c.mask_ratio<1, "mask_ratio", "at least 0 and below 1")
         for name in ("mask_square", "mask_grid"): need(getattr(c, name)>=1, name, "at least 1")
@@ -297,9 +298,8 @@ def _load_state(acc, path, task, optimizer, run):
     try: state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # a torn file can fail in any way
         raise ValueError(f"cannot read {path} ({type(e).__name__}); delete it to start again") from e
-    for name in run["settings"].keys() | state["settings"].keys():
-        was, now = state["settings"].get(name), run["settings"].get(name)
-        if was!=now: raise ValueError(f"{path} was trained with {name} = {was!r}, now it is {now!r}; use another folder, the old value, or resume=False")
+    odd = difference(state["settings"], run["settings"])
+    if odd: raise ValueError(f"{path} was trained with other settings ({odd}); use another folder, the old values, or resume=False")
     acc.unwrap_model(task).load_state_dict(state["task"])
     optimizer.load_state_dict(state["optimizer"])
     if "scaler" in state and acc.scaler is not None: acc.scaler.load_state_dict(state["scaler"])
@@ -311,12 +311,14 @@ def _seed_epoch(seed, epoch):
     set_seed(int(np.random.SeedSequence((seed, epoch, 0)).generate_state(1)[0]))
 
 # %% ../nbs/04_classifier.ipynb #a3770adc
-def _settings(task, ds, c, world, accumulate=1):
+def _settings(task, ds, c, acc, accumulate=1):
     "What must be the same for a run to be continued"
     data = ds.fingerprint() if hasattr(ds, "fingerprint") else f"{len(ds)} images"
-    same = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(c).items() if k!="workers"}
+    same = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(c).items() if k not in ("workers", "mixed_precision")}
     if accumulate>1: same["accumulate"] = accumulate
-    return dict(same, task=type(task).__name__, stop_grad=getattr(task.model, "stop_grad", None), data=data, processes=world)
+    code = sorted({m for m in ("adcam.classifier", "adcam.data", type(task).__module__, type(task.model).__module__) if m.startswith("adcam.")})
+    return dict(same, task=type(task).__name__, stop_grad=getattr(task.model, "stop_grad", None), data=data, processes=acc.num_processes,
+                **origin(task, acc.device, precision_name(c.mixed_precision), *code))
 
 # %% ../nbs/04_classifier.ipynb #cd811b14
 def _gradients(acc, task, x, y, parts):
@@ -422,10 +424,9 @@ def _warn_small_bn(task, acc, c):
     if small and acc.is_main_process: warnings.warn(f"BatchNorm takes its statistics from {c.batch//acc.num_processes} images per process instead of {c.batch}, so the result depends on the number of processes; sync_bn=True takes them from all")
 
 # %% ../nbs/04_classifier.ipynb #fc0e4410
-def _accelerator(c, model):
+def _accelerator(c, model, device):
     "Device, processes and precision"
-    unused = getattr(model, "stop_grad", "output")=="output"
-    return Accelerator(mixed_precision=c.mixed_precision, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)])
+    return make_accelerator(c.mixed_precision, device, find_unused=getattr(model, "stop_grad", "output")=="output")
 
 # %% ../nbs/04_classifier.ipynb #4f123910
 def _loader(acc, ds, c):
@@ -436,6 +437,7 @@ def _loader(acc, ds, c):
     return views, order, loader
 
 # %% ../nbs/04_classifier.ipynb #8a536d85
+@one_at_a_time()
 def fit(task:nn.Module, # MultiLabel, SingleLabel or another module with `model`, `forward(x, y) -> dict of losses`, and maybe `optimizer(config, total)`
         ds, # data set with `ds[i] -> Sample`
         config:TrainConfig, # settings
@@ -443,24 +445,25 @@ def fit(task:nn.Module, # MultiLabel, SingleLabel or another module with `model`
         resume:bool=True, # continue from last.pt if there is one
         progress:bool=True, # show a bar
         callback:Callable|None=None, # callback(model, epochs_done, history) in the main process after every epoch
-        accelerator:Accelerator|None=None, # for a device or a launcher of your own
-        accumulate:int=1 # parts into which a process cuts its share of a batch, to need less memory
+        accelerator:Accelerator|None=None, # for a launcher of your own
+        accumulate:int=1, # parts into which a process cuts its share of a batch, to need less memory
+        device:str="auto" # where it learns, see `adcam.devices.pick_device`; the network stays there
        ) -> list[dict]: # a row per step: step, epoch, losses, learning rates
     "The training loop of both steps; leaves `task.model` trained and in eval mode"
     _check_config(config)
     c, model, last = config, task.model, None if out is None else Path(out)/"last.pt"
     _check_network(model, ds)
-    acc = accelerator or _accelerator(c, model)
+    acc = accelerator or _accelerator(c, model, device)
     views, order, loader = _loader(acc, ds, c)
     if accumulate<1 or order.share%accumulate: raise ValueError(f"accumulate is {accumulate}; it must divide the {order.share} images that a process has of every batch")
     if hasattr(model, "set_drop_path"): model.set_drop_path(c.drop_path)
     model.to(memory_format=torch.channels_last)  # a fifth faster on CPU, and what tensor cores want
-    run = dict(epoch=0, history=[], settings=_settings(task, ds, c, acc.num_processes, accumulate))
+    run = dict(epoch=0, history=[], settings=_settings(task, ds, c, acc, accumulate))
     _warn_small_bn(task, acc, c)
     own = _own_optimizer(task, c, c.epochs*len(loader))
     task, optimizer = acc.prepare(task, own or _optimizer(task, c))
     if resume and last and last.exists(): run = _load_state(acc, last, task, optimizer, run)
-    with (_whole_batch(task, acc, c.sync_bn),
+    with (_whole_batch(task, acc, c.sync_bn), arithmetic(acc.unwrap_model(task), c.mixed_precision, f"a step of {order.share//accumulate} views of {c.crop}x{c.crop}", "batch or crop, or accumulate more parts"),
           tqdm(total=c.epochs*len(loader), initial=run["epoch"]*len(loader), disable=not (progress and acc.is_main_process)) as bar):
         for epoch in range(run["epoch"], c.epochs):
             views.set_epoch(epoch); order.epoch = epoch
@@ -553,7 +556,7 @@ def _compute_features(model, ds, size, batch, progress):
 # %% ../nbs/04_classifier.ipynb #6bbb588d
 def _features_key(model, ds, size):
     "Hash of everything the features depend on: layers, weights of the backbone, data, size"
-    h = hashlib.sha256(repr((model, size, ds.fingerprint())).encode())
+    h = hashlib.sha256(repr((model, size, ds.fingerprint(), numerics(device_of(model)))).encode())
     for name, t in model.state_dict().items():
         if not _is_head(name): h.update(name.encode() + t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return h.hexdigest()[:16]
@@ -584,7 +587,7 @@ def cached_features(model:nn.Module, # network with `features`, `stride` and hea
     path = None if cache is None else Path(cache)/f"features-{_features_key(model, ds, size)}.npz"
     found = path and _read_features(path)
     if found: return found
-    f = _compute_features(model, ds, size, batch, progress)
+    with tf32(False), memory_for(f"{batch} whole images", "batch or size"): f = _compute_features(model, ds, size, batch, progress)
     if path: atomic_write(path, lambda file: np.savez(file, **{n: v.numpy() for n, v in f._asdict().items()}))
     return f
 

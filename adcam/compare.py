@@ -21,12 +21,14 @@ from .classifier import HeadsConfig, train_heads
 from .cnn import mini_path, resnet_mini
 from .conformer import conformer_mini, load_pretrained
 from .deeplab import deeplabv2_mini, upernet_mini
+from .devices import tf32
 from .evaluation import Sweep, confusion, scores, side_by_side
 from .irnet import IRNet, ResNetStages, edge_map, ir_label, mask_edges, random_walk, smooth_mask, train_irnet, upsample_walk
 from .pipeline import Point, Profile, as_sweep, checkpoint_path, point_maps
 from .run import irnet_config
 from .segment import RECIPES, confusions, train_segmentation
 from .seeds import METHODS, Seed, class_views, merge, positive_classes, resolve, view
+from .training import device_of
 
 # %% ../nbs/13c_compare.ipynb #2c6848ee
 class Entry(NamedTuple):
@@ -88,10 +90,11 @@ class Held:
 # %% ../nbs/13c_compare.ipynb #d48aa738
 @contextmanager
 def _one_thread():
-    "torch on one thread, because processes share the cores; gives a function that tells the CPU seconds since"
+    "torch on one thread, because processes share the cores, and in full float32; gives a function that tells the CPU seconds since"
     threads, began = torch.get_num_threads(), time.process_time()
     torch.set_num_threads(1)
-    try: yield lambda: np.array(time.process_time() - began)
+    try:
+        with tf32(False): yield lambda: np.array(time.process_time() - began)
     finally: torch.set_num_threads(threads)
 
 # %% ../nbs/13c_compare.ipynb #008a42a3
@@ -101,7 +104,7 @@ def _shared_views(net: nn.Module, sample: Any, entries: list[Entry], others: Any
     cheap = [e for e in entries if callable(METHODS[e.method]) and set(e.options) <= set(Point._fields)]
     out = {}
     if len(cheap) > 1:
-        with torch.no_grad(): maps = net.maps(view(sample.image, 1., net.stride))
+        with torch.no_grad(): maps = net.maps(view(sample.image, 1., net.stride).to(device_of(net)))
         out = dict(zip((e.name for e in cheap), point_maps(maps, [Point(e.method, **e.options) for e in cheap], keys)))
     for e in entries:
         if e.name not in out: out[e.name] = class_views(net, sample.image, sample.label, e.method, others=others, **e.options)[1][0]

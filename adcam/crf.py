@@ -360,6 +360,7 @@ def refine_labels(
     image: Any,               # (H,W,3) uint8
     gt_prob: float = 0.7,     # how far a label is trusted
     ignore: int = 255,        # value of unknown pixels
+    device: Any = None,       # where it runs; None: the CPU
     **settings: Any,          # keywords of `dense_crf`, for example **IRN
 ) -> np.ndarray:              # (H,W), dtype of `labels`, only class numbers that were there
     "The CRF from hard labels to hard labels. Raises `ValueError` if no pixel has a label, and as `dense_crf` does."
@@ -368,5 +369,5 @@ def refine_labels(
     present = np.unique(t[t != ignore])
     if not len(present): raise ValueError(f"every pixel is {ignore} (unknown): there is nothing to refine")
     index = np.where(t == ignore, len(present), np.searchsorted(present, t))                          # (H,W) 0..C, C unknown
-    q = dense_crf(unary_from_labels(index, len(present), gt_prob, ignore=len(present)), image, **settings)  # (C,H,W)
-    return present[q.argmax(0)]
+    unary = unary_from_labels(torch.as_tensor(index, device=device), len(present), gt_prob, ignore=len(present))  # (C,H,W)
+    return present[dense_crf(unary, image, **settings).argmax(0).cpu().numpy()]

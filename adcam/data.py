@@ -4,22 +4,25 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'VOC_CLASSES', 'VOC_COUNTS', 'COCO_CLASSES', 'COCO_COUNTS', 'KINDS', 'to_tensor',
-           'to_image', 'read_image', 'read_mask', 'read_list', 'VOCFolder', 'voc_root', 'voc2012', 'read_coco',
+           'to_image', 'rgb_pixels', 'orientation', 'upright_pixels', 'read_image', 'read_mask', 'check_png',
+           'image_size', 'check_id', 'read_list', 'class_names', 'VOCFolder', 'voc_root', 'voc2012', 'read_coco',
            'coco_label', 'coco_mask', 'COCO2014', 'coco2014', 'Folder', 'folder', 'Subset', 'label_of', 'weak_of',
-           'labelled', 'Skipped', 'usable', 'skipped_report', 'open_data', 'random_resize_long', 'imagenet_normalize',
-           'random_flip', 'random_crop', 'to_chw', 'random_view', 'TrainViews']
+           'image_of', 'mask_of', 'has_mask', 'labelled', 'Skipped', 'usable', 'skipped_report', 'Chosen', 'chosen',
+           'disagreements', 'check_agreement', 'open_data', 'random_resize_long', 'imagenet_normalize', 'random_flip',
+           'random_crop', 'to_chw', 'random_view', 'TrainViews']
 
 # %% ../nbs/02_data.ipynb #1e356460
-import contextlib, csv, difflib, hashlib, io, multiprocessing, os, struct, unicodedata, warnings
+import contextlib, csv, difflib, functools, hashlib, io, json, math, multiprocessing, os, re, struct, unicodedata, warnings
 import numpy as np, torch
 import xml.etree.ElementTree as ET
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
+from .files import dead_workers_in_words, follow_parent, read_reports
 from .scenes import Sample, Scenes
 
 # %% ../nbs/02_data.ipynb #87f2c722
@@ -74,14 +77,31 @@ def _open(path, what):
     except _BROKEN as e: raise _broken(what, path, e) from e
 
 # %% ../nbs/02_data.ipynb #9153a98c
-def _to_rgb(im, path):
-    "A Pillow image of any color mode -> (H,W,3) uint8"
-    if im.mode=="RGB": return np.array(im)
-    if im.mode not in ("I", "F") and not im.mode.startswith("I;"): return np.array(im.convert("RGB"))
+def _deep(im):
+    "A gray picture of 12 or 16 bits -> (H,W) uint8, and what was done in words"
     v = np.array(im)                                                                      # (H,W) integers or floats
     if im.mode=="F" or v.min()<0 or v.max()>65535:
-        raise ValueError(f"image {path} holds values from {v.min():g} to {v.max():g} (mode {im.mode}); expected 8 or 16 bits per channel. Save it as an 8-bit PNG")
-    return np.repeat(((v.astype(np.int64)+128)//257).astype(np.uint8)[..., None], 3, 2)   # (H,W,3)
+        raise ValueError(f"the picture holds values from {v.min():g} to {v.max():g} (mode {im.mode}); expected 8 or 16 bits per channel. Save it as an 8-bit PNG")
+    if im.mode=="I" and v.max()<=255: return v.astype(np.uint8), ()
+    if v.max()>4095: return ((v.astype(np.int64)+128)//257).astype(np.uint8), ("16 bits were scaled to 8",)
+    return np.round(v*(255/4095)).astype(np.uint8), ("no value is above 4095: read as 12 bits, scaled to 8",)
+
+def rgb_pixels(picture # Pillow image of any color mode
+              ) -> tuple: # ((H,W,3) uint8, sentences about what was done)
+    "The stored pixels as RGB: gray, palette and CMYK converted, 12 and 16 bits scaled, transparency laid on white"
+    if picture.mode=="RGB" and not picture.has_transparency_data: return np.array(picture), ()
+    if picture.mode in ("I", "F") or picture.mode.startswith("I;"):
+        v, notes = _deep(picture)
+        return np.repeat(v[..., None], 3, 2), notes                                       # (H,W,3)
+    if not picture.has_transparency_data: return np.array(picture.convert("RGB")), ()
+    picture = picture.convert("RGBA")
+    notes = ("transparent parts were laid on white",) if picture.getextrema()[3][0]<255 else ()
+    return np.array(Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")), notes
+
+def _to_rgb(im, path):
+    "A Pillow image of any color mode -> (H,W,3) uint8"
+    try: return rgb_pixels(im)[0]
+    except (*_BROKEN, KeyError) as e: raise ValueError(str(e).replace("the picture", f"image {path}", 1) if str(e).startswith("the picture") else f"image {path} cannot be read as RGB: {e}") from e
 
 # %% ../nbs/02_data.ipynb #a7087b69
 def _upright(a, tag):
@@ -89,14 +109,27 @@ def _upright(a, tag):
     turned = {2: a[:, ::-1], 3: a[::-1, ::-1], 4: a[::-1], 5: a.swapaxes(0, 1), 6: np.rot90(a, -1), 7: a[::-1, ::-1].swapaxes(0, 1), 8: np.rot90(a)}
     return np.ascontiguousarray(turned.get(tag, a))
 
+def orientation(picture # Pillow image
+               ) -> int: # 1 to 8; 1, as it is, where there is no tag or none that can be read
+    "How a camera held the picture. EXIF data are often broken, which is no reason to lose the picture"
+    try: tag = picture.getexif().get(274)
+    except Exception: return 1  # broken EXIF fails in any way
+    return tag if isinstance(tag, int) and 1<=tag<=8 else 1
+
+def upright_pixels(picture # Pillow image of any color mode
+                  ) -> tuple: # as `rgb_pixels`
+    "The picture as a viewer shows it: RGB, turned as EXIF says"
+    pixels, notes = rgb_pixels(picture)
+    return _upright(pixels, orientation(picture)), notes
+
 # %% ../nbs/02_data.ipynb #2f87b8a4
 def read_image(path:str|Path, # JPEG, PNG, WebP, BMP ... file of any color mode
                exif:bool=False # turn the image upright by its EXIF tag; masks are drawn on the stored pixels, so off by default
               ) -> np.ndarray: # (H,W,3) uint8, RGB
-    "Read an image as RGB: gray, palette and CMYK are converted, 16 bits scaled to 8. A missing file is `FileNotFoundError`, any other trouble `ValueError`; both name the file"
+    "Read an image as RGB: gray, palette and CMYK are converted, 12 and 16 bits scaled to 8, transparency laid on white. A missing file is `FileNotFoundError`, any other trouble `ValueError`; both name the file"
     im = _open(path, "image")
     a = _to_rgb(im, path)                                                                 # (H,W,3)
-    return _upright(a, im.getexif().get(274)) if exif else a
+    return _upright(a, orientation(im)) if exif else a
 
 # %% ../nbs/02_data.ipynb #83adb1f9
 def _sizes(path, mask, size):
@@ -104,6 +137,18 @@ def _sizes(path, mask, size):
     return ValueError(f"mask {path} is {mask[0]}x{mask[1]}, its image {size[0]}x{size[1]} (rows x columns); they must agree.{turned}")
 
 # %% ../nbs/02_data.ipynb #f390e021
+@functools.cache
+def _colors():
+    "{color of VOC: class id}"
+    from adcam.viz import palette  # matplotlib takes a while
+    return {tuple(c): i for i, c in enumerate(palette().tolist())}
+
+def _renumbered(im, seen):
+    "Number of black, if the used colors are those of VOC in another order, else 0"
+    table = np.array(im.getpalette("RGB") or [], np.uint8).reshape(-1, 3)                 # (n,3)
+    ids = [_colors().get(tuple(table[i].tolist())) for i in seen if i<len(table)]          # class that the color of each used number means
+    return int(seen[ids.index(0)]) if None not in ids and 0 in ids else 0
+
 def read_mask(path:str|Path, # palette or gray PNG of class ids
               num_classes:int, # K; ids may be 0..K and 255
               size:tuple|None=None # (H,W) that the mask must have
@@ -111,14 +156,46 @@ def read_mask(path:str|Path, # palette or gray PNG of class ids
     "Read a mask and check its values and size"
     im = _open(path, "mask")
     if im.mode not in ("P", "L"): raise ValueError(f"mask {path} has color mode {im.mode}; class ids need a palette (P) or gray (L) PNG")
+    if im.format=="JPEG": raise ValueError(f"mask {path} was saved as JPEG, which changes ids at every edge; make a PNG of the original ids")
     mask = np.array(im)                                                                   # (H,W) uint8
     if size and mask.shape!=tuple(size): raise _sizes(path, mask.shape, tuple(size))
-    bad = [int(v) for v in np.flatnonzero(np.bincount(mask.ravel(), minlength=256)) if num_classes<v<255]
+    seen = np.flatnonzero(np.bincount(mask.ravel(), minlength=256))
+    if im.mode=="P" and _renumbered(im, seen): raise ValueError(f"mask {path} has its colors in another order than VOC's: black is number {_renumbered(im, seen)} and not 0, so an editor has numbered them anew. Export the mask again, as class ids")
+    bad = [int(v) for v in seen if num_classes<v<255]
     if bad: raise ValueError(f"mask {path} holds class ids {bad}, but there are {num_classes} classes (0 is background, 255 ignore)")
     return mask
 
+# %% ../nbs/02_data.ipynb #3d1dd95e
+_PNG, _PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"  # first and last bytes of every PNG
+
+def check_png(path:str|Path, # a PNG
+              what:str="mask", # what to call it in errors
+              remedy:str="copy or make it again", # what to do about a bad one
+              size:tuple|None=None # (H,W) that it must have
+             ):
+    "Is a PNG whole, and of the right size? By its head and its end. `FileNotFoundError`, or `ValueError` in words"
+    try:
+        with open(path, "rb") as f:
+            head, length = f.read(24), f.seek(0, os.SEEK_END)
+            f.seek(max(0, length-len(_PNG_END)))
+            end = f.read()
+    except FileNotFoundError as e: raise FileNotFoundError(f"no {what} {path}; {remedy}") from e
+    if head[:8]!=_PNG or end!=_PNG_END: raise ValueError(f"cannot read {what} {path} (it is cut, or no PNG); {remedy}")
+    if size and (there := struct.unpack(">II", head[16:])[::-1])!=tuple(size): raise _sizes(path, there, tuple(size))
+
 # %% ../nbs/02_data.ipynb #203543e2
 _FULL = 2000  # images whose bytes a fingerprint reads
+
+def image_size(path:str|Path # an image
+              ) -> tuple|None: # (H,W) of the stored pixels
+    "Size of an image from its head; None where it cannot be read"
+    return _head(path)[0]
+
+def _head(path):
+    "((H,W), orientation) of an image from its header; None as size where it cannot be read, which whoever decodes it will tell"
+    try:
+        with Image.open(path) as im: return im.size[::-1], orientation(im)
+    except (*_BROKEN, *_BOMBS): return None, 1
 
 def _file_hash(path, whole):
     "Bytes for a fingerprint: the file's sha256 or its size, nothing for a missing file"
@@ -152,6 +229,21 @@ class _Files(_Shared):
         "What training may see: the image and its label. No mask is opened"
         return read_image(self.image_path(i), self.exif), self.label(i)
 
+    def image(self, i) -> np.ndarray: # (H,W,3) uint8
+        "The image alone"
+        return read_image(self.image_path(i), self.exif)
+
+    def has_mask(self, i) -> bool:
+        "Is there a mask? It is not opened"
+        path = self.mask_path(i)
+        return path is not None and path.exists()
+
+    def mask(self, i) -> np.ndarray|None: # (H,W) uint8
+        "The mask alone; of the image only the head is read, for its size"
+        size, tag = _head(self.image_path(i))
+        mask = self._mask(i, size)
+        return mask if mask is None or not self.exif else _upright(mask, tag)
+
     def _mask(self, i, size):
         "Mask on the stored pixels, or None"
         path = self.mask_path(i)
@@ -160,7 +252,7 @@ class _Files(_Shared):
     def __getitem__(self, i) -> Sample:
         im = _open(self.image_path(i), "image")
         image = _to_rgb(im, self.image_path(i))                                           # (H,W,3) as stored
-        mask, tag = self._mask(i, image.shape[:2]), im.getexif().get(274) if self.exif else 1
+        mask, tag = self._mask(i, image.shape[:2]), orientation(im) if self.exif else 1
         return Sample(self.ids[i], _upright(image, tag), self._label(i), mask if mask is None else _upright(mask, tag))
 
     def fingerprint(self) -> str: # sha256, hex
@@ -187,6 +279,28 @@ def _text(path):
     except UnicodeDecodeError as e: raise ValueError(f"{path} is not UTF-8 text ({e.reason} at byte {e.start}); save it as UTF-8") from e
 
 # %% ../nbs/02_data.ipynb #4e474351
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+def _nfc(text):
+    "One spelling: 'é' has two (macOS writes the other one), and a file name from an old disk may be Latin-1"
+    if any("\ud800"<=c<="\udfff" for c in text): text = os.fsencode(text).decode("latin-1")
+    return unicodedata.normalize("NFC", text).replace("\\", "/").strip()
+
+_LINE = re.compile(rf"(.*?(?:{'|'.join(map(re.escape, _SUFFIXES))}))(?:\s.*)?", re.I)  # a path, then perhaps that of a mask; a path may hold spaces
+
+def _listed_id(line, known):
+    "The id that a line of a list means"
+    if line in known: return line
+    path = _LINE.fullmatch(line.replace("\\", "/"))
+    return path[1].rsplit("/", 1)[-1].rsplit(".", 1)[0] if path else line.split()[0]
+
+def check_id(name:str, # of an image
+             where # the file that names it
+            ) -> str: # the same
+    "Results are named by ids, so an id with a folder in it could write anywhere"
+    if not name or "/" in name or "\\" in name or "\0" in name or name in (".", ".."):
+        raise ValueError(f"{where} names the image {name!r}; an id is a file name without folder")
+    return name
+
 def read_list(path:str|Path, # text file, one image per line; further columns are ignored
               known=() # ids that exist; a line that is one of them is taken whole, so that ids may contain spaces
              ) -> list[str]: # ids in file order
@@ -196,11 +310,12 @@ def read_list(path:str|Path, # text file, one image per line; further columns ar
         there = sorted(p.stem for p in path.parent.glob("*.txt"))
         raise FileNotFoundError(f"no list {path}; " + (f"the folder has {', '.join(there)}" if there else f"the folder {path.parent} has no lists"))
     lines = [line.strip() for line in _text(path).splitlines() if line.strip()]
-    first = [line if line in known else line.split()[0] for line in lines]
-    ids = [Path(f).stem if f.endswith((".jpg", ".png")) else f for f in first]
-    twice = sorted({i for i in ids if ids.count(i)>1}) if len(set(ids))<len(ids) else []
+    ids = [check_id(_listed_id(line, known), f"list {path}") for line in lines]
     if not ids: raise ValueError(f"list {path} is empty; write one id per line")
-    if twice: raise ValueError(f"list {path} names {twice[:5]} more than once; delete the repeated lines")
+    if len(set(ids))<len(ids):
+        seen = set()
+        twice = sorted({i for i in ids if i in seen or seen.add(i)})
+        raise ValueError(f"list {path} names {twice[:5]} more than once; delete the repeated lines")
     return ids
 
 # %% ../nbs/02_data.ipynb #9a5be3a0
@@ -242,10 +357,27 @@ def _label_mask(mask, num_classes):
     return (np.bincount(mask.ravel(), minlength=256)[1:num_classes+1]>0).astype(np.float32)
 
 # %% ../nbs/02_data.ipynb #a24920e0
+_BACKGROUND, _IGNORED = ("background", "_background_", "__background__", "bg"), ("__ignore__", "_ignore_", "ignore", "void", "_void_", "__void__")
+
+def class_names(names, # of the foreground, in the order of the mask ids 1..K; a leading background is dropped
+                where # the file they come from
+               ) -> tuple[str,...]: # K different names
+    "Check a list of classes. `ValueError` for doubled names, none at all, more than 254, and the background among the classes"
+    names = tuple(str(n).strip() for n in names)
+    if names and names[0].lower() in _IGNORED and len(names)>1 and names[1].lower() in _BACKGROUND: names = names[1:]
+    if names and names[0].lower() in _BACKGROUND: names = names[1:]
+    twice = sorted({n for n in names if names.count(n)>1}) if len(set(names))<len(names) else []
+    if twice: raise ValueError(f"{where} names {twice[:3]} more than once; each class needs one name and one number")
+    inside = [n for n in names if n.lower() in _BACKGROUND + _IGNORED[:2]]
+    if inside: raise ValueError(f"{where} names {inside[0]!r} as a class; it is number 0 in masks and no class. Delete it, or put it first")
+    if not names: raise ValueError(f"{where} names no class; write one name per line, without the background")
+    if len(names)>254: raise ValueError(f"{where} names {len(names)} classes; masks hold numbers up to 254")
+    return names
+
 def _find_classes(root, default=VOC_CLASSES):
     "Class names of a folder: classes.txt (one name per line) if there is one, else `default`"
     for path in (root/"classes.txt", root/"ImageSets/classes.txt"):
-        if path.exists(): return tuple(line.strip() for line in _text(path).splitlines() if line.strip())
+        if path.exists(): return class_names((line for line in _text(path).splitlines() if line.strip()), path)
     return default
 
 # %% ../nbs/02_data.ipynb #570cb166
@@ -255,6 +387,12 @@ def _check_listed(what, ids, have, where):
     if missing: raise FileNotFoundError(f"{len(missing)} of {len(ids)} listed images have no {what} in {where}, first {missing[:3]}; complete the folder or shorten the list")
 
 # %% ../nbs/02_data.ipynb #2eb53d25
+def _photos(folder):
+    "{id: file name} of the images there, .jpg before other suffixes"
+    names = sorted((_SUFFIXES.index(s.lower()), n[:-len(s)], n) for n in (os.listdir(folder) if folder.is_dir() else ())
+                   if (s := os.path.splitext(n)[1]) and s.lower() in _SUFFIXES and not n.startswith("."))
+    return {key: n for _, stem, n in reversed(names) for key in (_nfc(stem), stem)}
+
 class _VOCFiles(_Files):
     "Where things are in a VOC folder"
     def __init__(self,
@@ -266,8 +404,8 @@ class _VOCFiles(_Files):
                 ):
         self.root, self.split, self.exif, self._labels = Path(root), split, exif, {}
         if not self.root.is_dir(): raise FileNotFoundError(f"no folder {self.root}; expected one with JPEGImages and ImageSets")
-        self.classes = _find_classes(self.root) if classes is None else tuple(classes)
-        have = {p.stem for p in (self.root/"JPEGImages").glob("*.jpg")}
+        self.classes = _find_classes(self.root) if classes is None else class_names(classes, 'classes')
+        have = self._photos = _photos(self.root/"JPEGImages")
         self.ids = read_list(self.root/"ImageSets/Segmentation"/f"{split}.txt", have)
         if check: _check_listed("image", self.ids, have, self.root/"JPEGImages")
         self._read_table(check)
@@ -278,7 +416,7 @@ class _VOCFiles(_Files):
         self._labels = _labels_csv(table, self.classes) if table.exists() else {}
         if self._labels and check: _check_listed("line", self.ids, self._labels, table)
 
-    def image_path(self, i): return self.root/"JPEGImages"/f"{self.ids[i]}.jpg"
+    def image_path(self, i): return self.root/"JPEGImages"/self._photos.get(self.ids[i], f"{self.ids[i]}.jpg")
     def mask_path(self, i): return self.root/"SegmentationClass"/f"{self.ids[i]}.png"
 
 # %% ../nbs/02_data.ipynb #367d7d0f
@@ -354,22 +492,117 @@ COCO_CLASSES = ("person", "bicycle", "car", "motorcycle", "airplane", "bus", "tr
 COCO_COUNTS = dict(train2014=82783, val2014=40504)  # images per split
 
 # %% ../nbs/02_data.ipynb #6db09fca
-def read_coco(path:str|Path # instances_*.json
-             ): # pycocotools.coco.COCO
-    "Read an annotation file by pycocotools, without its prints"
-    from pycocotools.coco import COCO
+def _json(path):
+    "A COCO file as three lists of dicts; what is no such thing is refused"
     if not Path(path).is_file(): raise FileNotFoundError(f"no annotation file {path}; `adcam data get coco2014 DIR` fetches it")
     try:
-        with contextlib.redirect_stdout(io.StringIO()): coco = COCO(str(path))
-    except (ValueError, KeyError, AssertionError) as e: raise ValueError(f"cannot read annotations {path}: {e!r}. Copy or download the file again") from e
-    missing = {"images", "annotations", "categories"} - coco.dataset.keys()
+        data = json.loads(Path(path).read_bytes())
+        if not isinstance(data, dict): raise ValueError(f"it holds {type(data).__name__} and no object")
+    except (ValueError, RecursionError) as e: raise ValueError(f"cannot read annotations {path}: {e!r}. Copy or download the file again") from e
+    names = ("images", "annotations", "categories")
+    missing = [n for n in names if n not in data]
     if missing: raise ValueError(f"{path} has no {', '.join(sorted(missing))}; expected an instances_*.json of COCO")
+    for n in names:
+        if not isinstance(data[n], list) or not all(isinstance(r, dict) for r in data[n]): raise ValueError(f"{path}: {n} is no list of objects; expected an instances_*.json of COCO")
+    return data
+
+def _unique(rows, what, text, path):
+    "Every record has an id of its own and a name"
+    ids = [r.get("id") for r in rows]
+    for r, i in zip(rows, ids):
+        if isinstance(i, bool) or not isinstance(i, (int, str)): raise ValueError(f"{path}: {what} {str(r)[:80]} has no id; every one needs a number")
+        if not isinstance(r.get(text), str) or not r[text].strip(): raise ValueError(f"{path}: {what} {i} has no {text}")
+    if len(set(ids))<len(ids): raise ValueError(f"{path} has two {what}s with one id; make the ids different")
+    return set(ids)
+
+# %% ../nbs/02_data.ipynb #94e184f0
+_FAR = 100_000  # pixels: no outline has coordinates beyond this
+
+def _polygons(s):
+    "An outline as list of polygons [x0,y0,x1,y1,...]; a flat one is wrapped"
+    if s and not isinstance(s[0], list): s = [s]
+    for p in s:
+        if not isinstance(p, list) or len(p)%2 or not all(isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v)<_FAR for v in p):
+            raise ValueError(f"its outline {str(p)[:60]} is no list of pairs of numbers below {_FAR}")
+    return s
+
+def _run_lengths(counts):
+    "Run lengths of COCO's compressed form: five bits a character, differences to the one before the last"
+    out, at = [], 0
+    while at<len(counts):
+        x, k, more = 0, 0, True
+        while more:
+            if at>=len(counts) or k>6: raise ValueError("its run lengths are cut")
+            c = ord(counts[at])-48
+            if not 0<=c<64: raise ValueError("its run lengths hold a strange character")
+            x |= (c & 31) << 5*k
+            more, at, k = bool(c & 32), at+1, k+1
+        if c & 16: x |= -1 << 5*k
+        out.append(x + out[-2] if len(out)>2 else x)
+    return out
+
+def _rle(s, size):
+    "Checked run lengths: they must fill the picture exactly"
+    h, w = s.get("size") or (None, None)
+    counts = s.get("counts")
+    runs = _run_lengths(counts) if isinstance(counts, str) else counts
+    if not isinstance(runs, list) or not all(isinstance(n, int) and n>=0 for n in runs): raise ValueError("its run lengths are no list of counts")
+    if size and (h, w)!=tuple(size): raise ValueError(f"its run lengths are for a picture of {h}x{w}, the image has {size[0]}x{size[1]} (rows x columns)")
+    if not isinstance(h, int) or not isinstance(w, int) or sum(runs)!=h*w: raise ValueError(f"its run lengths cover {sum(runs)} pixels, the picture has {h}x{w}")
+    return s
+
+# %% ../nbs/02_data.ipynb #3e96de5b
+def _outline(a, size):
+    "Outline of an annotation: polygons, run lengths, or None if it has only a box. `ValueError` in words"
+    s = a.get("segmentation")
+    if not s: return None
+    try:
+        if isinstance(s, list): return _polygons(s)
+        if isinstance(s, dict): return _rle(s, size)
+    except (TypeError, ValueError) as e: raise ValueError(str(e)) from e
+    raise ValueError(f"its outline is {type(s).__name__}")
+
+def _size_of(info):
+    "(height, width) that an image record claims, or None"
+    size = info.get("height"), info.get("width")
+    return size if all(isinstance(n, int) and not isinstance(n, bool) and 0<n<_FAR for n in size) else None
+
+def _annotation(a, cats, infos):
+    "What is wrong with an annotation, or None"
+    if a.get("category_id") not in cats: return f"has the category {a.get('category_id')!r}, which is not defined"
+    try: outline = _outline(a, _size_of(infos[a["image_id"]]))
+    except ValueError as e: return str(e)
+    box = a.get("bbox")
+    if outline is None and not (isinstance(box, list) and len(box)==4): return "has neither outline nor box"
+
+# %% ../nbs/02_data.ipynb #bc316afa
+def read_coco(path:str|Path # instances_*.json
+             ): # pycocotools.coco.COCO; `problems` says what is wrong with which image
+    "Read and check an annotation file. `ValueError` for what is no COCO file; a fault of one image is kept for when it is asked for"
+    from pycocotools.coco import COCO
+    data = _json(path)
+    infos, cats = {r["id"]: r for r in data["images"]} if _unique(data["images"], "image", "file_name", path) else {}, _unique(data["categories"], "category", "name", path)
+    if not cats: raise ValueError(f"{path} defines no category")
+    class_names([c["name"] for c in sorted(data["categories"], key=lambda c: str(c["id"]))], path)
+    problems, kept = {}, []
+    for n, a in enumerate(data["annotations"]):
+        if isinstance(a.get("image_id"), (list, dict)) or a.get("image_id") not in infos: continue          # of no image of this file
+        wrong = _annotation(a, cats, infos) if not isinstance(a.get("category_id"), (list, dict)) else "has no category"
+        if wrong: problems.setdefault(a["image_id"], f"{path}: annotation {a.get('id', n)} of {infos[a['image_id']]['file_name']} {wrong}")
+        else: kept.append(a | dict(id=n))                                                                   # pycocotools wants different ids
+    for i, r in infos.items():
+        if r["file_name"][:1] in "/\\" or ".." in Path(r["file_name"].replace("\\", "/")).parts: problems[i] = f"{path}: the image {r['file_name']!r} leads out of the folder"
+    coco = COCO()
+    coco.dataset, coco.problems = data | dict(annotations=kept), problems
+    with contextlib.redirect_stdout(io.StringIO()): coco.createIndex()
     return coco
 
 # %% ../nbs/02_data.ipynb #c7ce8e9a
+def _order(i): return (isinstance(i, str), i)  # ids are numbers, of other programs perhaps words
+
 def _objects(coco, image_id):
     "Annotations of an image in file order without crowds, each with its class 0..K-1"
-    rank = {c: k for k, c in enumerate(sorted(coco.getCatIds()))}
+    rank = {c: k for k, c in enumerate(sorted(coco.getCatIds(), key=_order))}
     return [(rank[a["category_id"]], a) for a in coco.imgToAnns[image_id] if not a.get("iscrowd", 0)]
 
 def coco_label(coco, # from `read_coco`
@@ -381,37 +614,60 @@ def coco_label(coco, # from `read_coco`
     return label
 
 # %% ../nbs/02_data.ipynb #3634b564
+def _painted(outline, H, W):
+    "(H,W) uint8, 1 inside"
+    from pycocotools import mask as m
+    if isinstance(outline, list): return m.decode(m.merge(m.frPyObjects(outline, H, W)))
+    return m.decode(m.frPyObjects(outline, H, W) if isinstance(outline["counts"], list) else outline)
+
 def coco_mask(coco, # from `read_coco`
-              image_id:int # as in the JSON
+              image_id:int, # as in the JSON
+              size:tuple|None=None # (H,W) of the image, where the JSON does not tell
              ) -> np.ndarray: # (H,W) uint8, 0 background, 1..K
     "Paint an image's objects in annotation order, later over earlier (baselines 9)"
+    if image_id in getattr(coco, "problems", ()): raise ValueError(coco.problems[image_id])
     info = coco.imgs[image_id]
-    mask = np.zeros((info["height"], info["width"]), np.uint8)
+    H, W = _size_of(info) or size or (0, 0)
+    if not H: raise ValueError(f"the annotations give {info['file_name']} no height and width")
+    mask = np.zeros((H, W), np.uint8)
     for k, a in _objects(coco, image_id):
-        outline = a["segmentation"]
+        outline = _outline(a, (H, W))
+        if outline is None: raise ValueError(f"an annotation of {info['file_name']} has only a box, so its mask is not known; the label is")
         if isinstance(outline, list): outline = [p for p in outline if len(p)>=6]
-        if outline: mask[coco.annToMask({**a, "segmentation": outline})>0] = k+1
+        if outline: mask[_painted(outline, H, W)>0] = k+1
     return mask
 
 # %% ../nbs/02_data.ipynb #2f8b2af2
+def _below(folder):
+    "Names of the files in a folder and in those below it, as COCO writes them"
+    return {Path(d, f).relative_to(folder).as_posix() for d, _, files in os.walk(folder, followlinks=False) for f in files}
+
 class _COCO2014(_Files):
     def __init__(self, root, split, check=True):
         self.root, self.split = Path(root), split
         self._json = self.root/"annotations"/f"instances_{split}.json"
         coco = self._coco = read_coco(self._json)
-        infos = [coco.imgs[i] for i in sorted(coco.imgs)]
-        self.classes = tuple(coco.cats[c]["name"] for c in sorted(coco.cats))
-        self.ids, self._names = [Path(f["file_name"]).stem for f in infos], [f["file_name"] for f in infos]
+        infos = [coco.imgs[i] for i in sorted(coco.imgs, key=_order)]
+        self.classes = tuple(coco.cats[c]["name"] for c in sorted(coco.cats, key=_order))
+        self._names = [f["file_name"].replace("\\", "/") for f in infos]
+        self.ids = [check_id(Path(n).stem, self._json) for n in self._names]
+        self.problems = {n: coco.problems[f["id"]] for n, f in zip(self.ids, infos) if f["id"] in coco.problems}
         self._image_ids = [f["id"] for f in infos]
         if len(set(self.ids))<len(self.ids): raise ValueError(f"{self._json} names an image twice; download it again")
         self._table = np.stack([coco_label(coco, i) for i in self._image_ids]).astype(np.uint8) if infos else np.zeros((0, len(coco.cats)), np.uint8)  # (n,K)
         self._folder = next((d for d in (self.root/split, self.root/"images"/split, self.root/"JPEGImages") if d.is_dir()), self.root/split)
-        if check: _check_listed("image", self._names, {p.name for p in self._folder.glob("*")}, self._folder)
+        if check: _check_listed("image", self._names, _below(self._folder), self._folder)
 
     def __getstate__(self): return {**self.__dict__, "_coco": None}  # gigabytes stay here
     def image_path(self, i): return self._folder/self._names[i]
     def mask_path(self, i): return None  # a converted mask is a copy of what the JSON says, and no part of the fingerprint
+    def has_mask(self, i): return True  # painted when it is asked for
     def _label(self, i): return self._table[i].astype(np.float32)
+
+    def label(self, i) -> np.ndarray: # (K,) float32
+        "Image label, without reading the image; `ValueError` if its annotations cannot be understood"
+        if self.ids[i] in self.problems: raise ValueError(self.problems[self.ids[i]])
+        return self._label(i)
 
 # %% ../nbs/02_data.ipynb #b65f1328
 class COCO2014(_COCO2014):
@@ -420,8 +676,8 @@ class COCO2014(_COCO2014):
         path = self.root/"SegmentationClass"/f"{self.ids[i]}.png"
         if path.exists(): return read_mask(path, len(self.classes), size)
         if self._coco is None: self._coco = read_coco(self._json)
-        mask = coco_mask(self._coco, self._image_ids[i])                                  # (H,W)
-        if mask.shape!=size: raise _sizes(f"of {self.ids[i]} in {self._json}", mask.shape, size)
+        mask = coco_mask(self._coco, self._image_ids[i], size)                            # (H,W)
+        if size and mask.shape!=size: raise _sizes(f"of {self.ids[i]} in {self._json}", mask.shape, size)
         return mask
 
     def _digest(self, indices):
@@ -443,14 +699,12 @@ def coco2014(root:str|Path, # folder with train2014, val2014 and annotations
     return ds
 
 # %% ../nbs/02_data.ipynb #9cf0084c
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-
-def _nfc(text): return unicodedata.normalize("NFC", text).replace("\\", "/").strip()  # "é" has two spellings; macOS writes the other one
-
 def _find_images(root, skip):
     "{relative path: file} of all images below `root`, but not in `skip` or in hidden folders"
-    found = {}
-    for folder, subs, files in os.walk(root):
+    found, seen = {}, set()
+    for folder, subs, files in os.walk(root, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen: subs[:] = []; continue             # a link that leads back
+        seen.add(real)
         subs[:] = sorted(s for s in subs if not s.startswith(".") and Path(folder)/s!=skip)
         for f in sorted(files):
             if f.lower().endswith(_SUFFIXES) and not f.startswith("."): found[_nfc(str((Path(folder)/f).relative_to(root)))] = Path(folder)/f
@@ -489,7 +743,7 @@ def _one_hot(path, rows, classes):
     "A column per class -> classes, [(line number, id, (K,) float32)]"
     columns, table = rows[0][1][1:], []
     if len(set(columns))<len(columns) or not all(columns): raise ValueError(f"{path}: the columns {columns} must be different class names, none of them empty")
-    classes = tuple(columns) if classes is None else tuple(classes)
+    classes = class_names(columns, f"the header of {path}") if classes is None else class_names(classes, "classes")
     if set(columns)-set(classes): raise _unknown(f"the header of {path}", set(columns)-set(classes), classes)
     if set(classes)-set(columns): raise ValueError(f"{path} has no column for {sorted(set(classes)-set(columns))[:5]}; add it, with 0 where the class is absent")
     for n, (name, *cells) in rows[1:]:
@@ -504,16 +758,36 @@ def _split_names(cell, classes):
     if ";" in cell: return [c.strip() for c in cell.split(";") if c.strip()]
     return [cell] if classes and cell in classes else cell.split()
 
+_ODD, _EMPTY = re.compile(r"[,|\[\]{}()'\"/\\:=]"), ("nan", "none", "null", "n/a", "na", "-", "?")
+
+def _guessed(path, cells):
+    "Class names of a table without a list of classes; a name that looks like a slip is refused"
+    surely = {c for _, _, cell in cells if ";" in cell for c in _split_names(cell, None)}
+    words = surely | {cell for _, _, cell in cells if cell and " " not in cell and ";" not in cell}
+    for n, _, cell in cells:
+        if surely and " " in cell and ";" not in cell and cell not in surely and not set(cell.split())<=words:
+            raise ValueError(f"{path}, line {n}: is {cell!r} one class or {len(cell.split())}? Other lines use `;`: write classes.txt with one name per line beside it, or `;` between names")
+        for c in _split_names(cell, surely):
+            if _ODD.search(c) or c.lower() in _EMPTY: raise ValueError(f"{path}, line {n}: {cell!r} would make a class named {c!r}. Separate names by `;`, leave the cell empty if the image shows no class, or write classes.txt with one name per line beside it")
+    return surely, sorted({c for _, _, cell in cells for c in _split_names(cell, surely)})
+
 def _by_name(path, rows, classes):
     "One column of class names -> classes, [(line number, id, (K,) float32)]"
     for n, row in rows:
         if len(row)!=2: raise ValueError(f"{path}, line {n}: expected an id and one cell of class names, separated by `;` or spaces, got {row}")
-    named = [(n, name, _split_names(cell, classes)) for n, (name, cell) in rows[1:]]
-    classes = tuple(sorted({c for _, _, cs in named for c in cs})) if classes is None else tuple(classes)
-    if not classes: raise ValueError(f"{path} names no class in any line; weak labels need at least one")
-    for n, _, cs in named:
-        if set(cs)-set(classes): raise _unknown(f"{path}, line {n},", set(cs)-set(classes), classes)
-    return classes, [(n, name, np.array([c in cs for c in classes], np.float32)) for n, name, cs in named]
+    cells = [(n, name, cell) for n, (name, cell) in rows[1:]]
+    known, found = (classes, classes) if classes is not None else _guessed(path, cells)
+    if not found: raise ValueError(f"{path} names no class in any line; weak labels need at least one")
+    classes = class_names(found, path if classes is None else "classes")
+    rank = {c: k for k, c in enumerate(classes)}
+    table = []
+    for n, name, cell in cells:
+        cs = _split_names(cell, known)
+        if set(cs)-set(rank): raise _unknown(f"{path}, line {n},", set(cs)-set(rank), classes)
+        y = np.zeros(len(classes), np.float32)
+        y[[rank[c] for c in cs]] = 1
+        table.append((n, name, y))
+    return classes, table
 
 # %% ../nbs/02_data.ipynb #3fbeb77a
 def _match(path, table, names):
@@ -546,7 +820,7 @@ class Folder(_Files):
         rows = _rows(path, names)
         self._rel = {name: rel.rsplit(".", 1)[0] for name, rel in zip(self._images, found)}
         named = len(rows[0][1])==2 and rows[0][1][1].lower() in ("label", "labels", "class", "classes")
-        self.classes, table = (_by_name if named else _one_hot)(path, rows, _find_classes(self.root, None) if classes is None else classes)
+        self.classes, table = (_by_name if named else _one_hot)(path, rows, _find_classes(self.root, None) if classes is None else tuple(classes))
         ids, self.exif = _match(path, table, names), masks is None if exif is None else exif
         if check: _check_match(path, table, ids, self._images, names)
         self.ids, self._labels = ids + sorted(set(self._images)-set(ids)), {i: y for i, (_, _, y) in zip(ids, table)}
@@ -589,6 +863,9 @@ class Subset(_Shared):
     def __getitem__(self, i) -> Sample: return self.ds[self.indices[i]]
     def label(self, i): return label_of(self.ds, self.indices[i])
     def weak(self, i): return weak_of(self.ds, self.indices[i])
+    def image(self, i): return image_of(self.ds, self.indices[i])
+    def mask(self, i): return mask_of(self.ds, self.indices[i])
+    def has_mask(self, i): return has_mask(self.ds, self.indices[i])
 
     def fingerprint(self) -> str: # sha256, hex
         "Hash of what the part contains"
@@ -610,6 +887,25 @@ def weak_of(ds, # any data set of the protocol
     s = ds[i]
     return s.image, s.label
 
+# %% ../nbs/02_data.ipynb #8320b119
+def image_of(ds, # any data set of the protocol
+             i:int # item
+            ) -> np.ndarray: # (H,W,3) uint8
+    "The image of an item, without opening its mask or asking for its label where the data set can do that"
+    return ds.image(i) if hasattr(ds, "image") else ds[i].image
+
+def mask_of(ds, # any data set of the protocol
+            i:int # item
+           ) -> np.ndarray|None: # (H,W) uint8
+    "The mask of an item, without decoding its image where the data set can do that"
+    return ds.mask(i) if hasattr(ds, "mask") else ds[i].mask
+
+def has_mask(ds, # any data set of the protocol
+             i:int # item
+            ) -> bool: # without opening it where the data set can tell
+    "Has an item a mask?"
+    return ds.has_mask(i) if hasattr(ds, "has_mask") else ds[i].mask is not None
+
 # %% ../nbs/02_data.ipynb #fbfa607d
 def labelled(ds # any data set of the protocol
             ): # `ds` itself if every item has a class, else a `Subset`
@@ -626,7 +922,10 @@ class Skipped(NamedTuple):
 
 def _reason(ds, i, masks):
     "Why item i cannot be used, or None"
-    try: ds[i] if masks or not getattr(ds, "has_labels", True) else weak_of(ds, i)
+    try:
+        if not getattr(ds, "has_labels", True): image_of(ds, i)
+        elif masks: ds[i]; label_of(ds, i)
+        else: weak_of(ds, i)
     except (ValueError, OSError, MemoryError) as e: return str(e) or type(e).__name__
 
 # %% ../nbs/02_data.ipynb #147e1e14
@@ -634,6 +933,7 @@ _job = None  # (data set, masks) of a worker process
 
 def _begin(*job):
     global _job
+    follow_parent()
     _job = job
 
 def _try(i): return _reason(_job[0], i, _job[1])
@@ -643,7 +943,7 @@ def _reasons(ds, masks, workers):
     if not workers:
         yield from (_reason(ds, i, masks) for i in range(len(ds)))
         return
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin, (ds, masks)) as pool:
+    with dead_workers_in_words("Nothing was written yet: run again"), ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin, (ds, masks)) as pool:
         yield from pool.map(_try, range(len(ds)), chunksize=16)
 
 # %% ../nbs/02_data.ipynb #0d88e40c
@@ -657,12 +957,104 @@ def usable(ds, # any data set of the protocol
     if len(skipped)==len(ds): raise ValueError(f"none of the {len(ds)} images can be used. The first, {skipped[0].id}: {skipped[0].reason}")
     return (Subset(ds, [i for i, r in enumerate(reasons) if not r]) if skipped else ds), skipped
 
+_LINES = 50  # of a report
+
 def skipped_report(skipped, # from `usable`
                    total:int # images of the whole data set
                   ) -> str: # a line per skipped image; empty if there is none
     "What a run says at its end about the images it left out; the exit code should then not be 0"
     if not skipped: return ""
-    return "\n".join([f"{len(skipped)} of {total} images were skipped:"] + [f"  {s.id}: {s.reason}" for s in skipped])
+    rest = [f"  ... and {len(skipped)-_LINES} more"] if len(skipped)>_LINES else []
+    return "\n".join([f"{len(skipped)} of {total} images were skipped:"] + [f"  {s.id}: {s.reason}" for s in skipped[:_LINES]] + rest)
+
+# %% ../nbs/02_data.ipynb #e8163d67
+class Chosen(NamedTuple):
+    "The images of a stage"
+    ds: object       # the data set, or a `Subset` of it
+    skipped: list    # `Skipped(id, reason)`: something is wrong with them
+    unlabeled: list  # ids of images without a class, where the stage needs one
+    total: int       # images before the choice
+
+    def also(self, skipped:list # of (id, reason): what went wrong later, at work
+            ) -> "Chosen":
+        "With more images that were left out"
+        known = {s.id for s in self.skipped}
+        return self._replace(skipped=[*self.skipped, *(Skipped(*s) for s in skipped if s[0] not in known)])
+
+    def report(self) -> str: # some lines, or nothing
+        "What is to be said about images that were left out"
+        none = f"{len(self.unlabeled)} of {self.total} images without a class were left out, first {self.unlabeled[0]}" if self.unlabeled else ""
+        return "\n".join(t for t in (none, skipped_report(self.skipped, self.total)) if t)
+
+# %% ../nbs/02_data.ipynb #b9389db6
+def _without(ds, i, classes, masks, files, told):
+    "Why the stage cannot do item i, told without decoding anything: None, '' for no class, or a reason"
+    name = ds.ids[i]
+    try:
+        if classes and not label_of(ds, i).any(): return ""
+        if masks and not has_mask(ds, i): return f"image {name} has no mask to compare with"
+    except (ValueError, OSError) as e: return str(e)
+    if files is None or name in files[1]: return None
+    return told.get(name) or f"{files[0]} has no file {name}{files[2]}"
+
+def _names_in(folder, suffix):
+    "Names without suffix of the files in a folder, by one look at it"
+    return {e.name.removesuffix(suffix) for e in os.scandir(folder) if e.name.endswith(suffix) and not e.name.startswith(".")} if os.path.isdir(folder) else set()
+
+def _checked(check, there, name, i):
+    "Why the file of an earlier stage is not good, or None"
+    try: check(there[0]/f"{name}{there[2]}", i)
+    except (ValueError, OSError) as e: return str(e)
+
+def chosen(ds, # any data set of the protocol
+           *,
+           classes:bool=False, # at least one class is needed
+           masks:bool=False, # ground truth is needed
+           files:str|Path|None=None, # folder in which an earlier stage has left a file per image
+           suffix:str=".png", # of these files
+           complete:str="", # how to get that folder filled; then a file that is missing without a reason is an error
+           check:Callable|None=None, # (path of that file, item) -> None; an error in words leaves the image out
+           decode:bool=False, # read every image (and mask) once: for training, where nothing may break later
+           workers:int=0 # processes for `decode`
+          ) -> Chosen: # `ValueError` if nothing is left
+    "The images of a stage, and what was left out and why"
+    there = None if files is None else (Path(files), _names_in(files, suffix), suffix)
+    told, none = read_reports(files) if files is not None else ({}, set())
+    why = [_without(ds, i, classes, masks, there, told) for i in range(len(ds))]
+    lost = [n for n, w in zip(ds.ids, why) if w and there and n not in there[1] and n not in told and n not in none and w.startswith(f"{files} has no file")]
+    if complete and lost: raise FileNotFoundError(f"{files} lacks {len(lost)} of {len(ds)} {'seeds' if suffix=='.npz' else 'files'}, first {lost[0]}{suffix}; {complete}")
+    why = ["" if w and ds.ids[i] in none and ds.ids[i] not in told else w for i, w in enumerate(why)]
+    if check is not None: why = [_checked(check, there, ds.ids[i], i) if w is None else w for i, w in enumerate(why)]
+    keep, skipped = [i for i, w in enumerate(why) if w is None], [Skipped(ds.ids[i], w) for i, w in enumerate(why) if w]
+    unlabeled = [ds.ids[i] for i, w in enumerate(why) if w==""]
+    if not keep: raise ValueError(f"none of the {len(ds)} images can be used. " + (f"The first, {skipped[0].id}: {skipped[0].reason}" if skipped else "None has a class; check the labels"))
+    part = ds if len(keep)==len(ds) else Subset(ds, keep)
+    if decode and hasattr(part, "weak"): part, broken = usable(part, masks, workers)
+    else: broken = []
+    return Chosen(part, [*skipped, *broken], unlabeled, len(ds))
+
+# %% ../nbs/02_data.ipynb #8b1b9152
+def disagreements(ds, # data set with labels and masks
+                  first:int|None=200 # so many images; None: all
+                 ) -> tuple: # (ids and words of images whose label and mask have no class in common, how many were compared)
+    "Compare the classes of labels with those of masks"
+    odd, n = [], 0
+    for i in range(len(ds)):
+        if first is not None and n>=first: break
+        try: mask, label = mask_of(ds, i), label_of(ds, i)
+        except (ValueError, OSError): continue                                            # told by whoever uses the image
+        if mask is None or not label.any(): continue
+        n, seen = n+1, np.flatnonzero(np.bincount(mask.ravel(), minlength=256))
+        named, drawn = [ds.classes[k] for k in np.flatnonzero(label)], [int(v) for v in seen if v]
+        if not set(np.flatnonzero(label)+1) & set(seen.tolist()): odd.append((ds.ids[i], f"the label names {', '.join(named[:4])}, the mask holds {f'the ids {drawn}' if drawn else 'no class'}"))
+    return odd, n
+
+def check_agreement(ds, # data set with labels and masks
+                    first:int|None=200 # as in `disagreements`
+                   ):
+    "`ValueError` if at least half of the images have no class in common with their masks"
+    odd, n = disagreements(ds, first)
+    if odd and 2*len(odd)>=n: raise ValueError(f"labels and masks do not fit: in {len(odd)} of {n} images they have no class in common, first {odd[0][0]}: {odd[0][1]}. Masks hold 0 for background, 1 to {len(ds.classes)} in the order of the class list ({', '.join(ds.classes[:3])}{', ...' if len(ds.classes)>3 else ''}), 255 for ignore")
 
 # %% ../nbs/02_data.ipynb #09aafebd
 KINDS = ("voc2012", "coco2014", "voc", "folder")
@@ -678,13 +1070,14 @@ def _kind(root):
     raise ValueError(f"{root} is no data set: it has neither annotations/instances_*.json (COCO) nor ImageSets/Segmentation (VOC) nor labels.csv")
 
 # %% ../nbs/02_data.ipynb #1a4c2ecf
-def open_data(data:str, # mini, a folder, or voc2012:DIR, coco2014:DIR, voc:DIR, folder:DIR
+def open_data(data:str|Path, # mini, a folder, or voc2012:DIR, coco2014:DIR, voc:DIR, folder:DIR
               split:str="train", # a split of that data set; a folder of your own has none
               n:int|None=None, # only the first n images
               strict:bool=True, # official counts of VOC 2012 and COCO 2014
               check:bool=True # False leaves missing images to `usable`
              ): # a data set
     "The data set that a command line names"
+    data = os.fspath(data)
     kind, _, root = data.partition(":")
     if data=="mini": return Scenes(split, n)
     if kind not in KINDS: kind, root = _kind(data), data

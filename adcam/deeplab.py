@@ -134,7 +134,7 @@ class MultiScale(_Segmenter):
                 x: Tensor,        # (B,3,H,W) preprocessed
                ) -> list[Tensor]: # logits at scale 1, then at each of `scales`: (B,C,h_i,w_i)
         "One pass per scale"
-        if min(x.shape[-2:])*min(self.scales, default=1) < 1: raise ValueError(f"a picture of {x.shape[-2]}x{x.shape[-1]} pixels is too small for the scales {self.scales}; enlarge it, or use scales=()")
+        if min(x.shape[-2:])*min(self.scales, default=1) < 1: raise ValueError(f"a picture of {x.shape[-2]}x{x.shape[-1]} pixels is too small for the scales {self.scales}; enlarge it, or take it off the list (in Python a network with scales=() takes it)")
         copies = (F.interpolate(x, scale_factor=s, mode="bilinear", align_corners=False) for s in self.scales)
         return [self.base(x), *map(self.base, copies)]
 

@@ -18,6 +18,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,10 +31,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from .classifier import EpochBatches, PolySGD, save_weights
-from .crf import IRN as CRF_OF_IRN, dense_crf, unary_from_labels
-from .data import to_tensor
-from .scenes import atomic_write
-from .seeds import Seed, load_seed, model_fingerprint, save_seed
+from .crf import IRN as CRF_OF_IRN, dense_crf, refine_labels, unary_from_labels
+from .data import to_tensor, check_png, image_of, weak_of
+from .scenes import Sample
+from .seeds import Seed, load_seed, save_seed
+from .training import arithmetic, device_of, make_accelerator, model_fingerprint, origin, precision_name, untouched
+from .devices import numerics, precision as computed_in
+from .files import Account, atomic_write, claimed, dead_workers_in_words, difference, follow_parent, one_at_a_time, why_left_out, write_report
 from .viz import palette
 
 # %% ../nbs/11_irnet.ipynb #6c036a98
@@ -91,23 +95,56 @@ def _sources(edge, cell, radius):
     return edge[..., y:y + h - radius + 1, x:x + w - 2*radius + 2]
 
 # %% ../nbs/11_irnet.ipynb #d844ae8f
+class _Tables(NamedTuple):
+    "`path_index` as tensors on a device"
+    src: Tensor             # (s,) int64
+    to: Tensor              # (n,s) int64
+    dst: Tensor             # (n,2) int64
+    steps: Tensor           # (n,L) int64, flat shift of each cell of a path; short paths repeat their last cell
+    lengths: list[int]      # cells on each path, rising
+
+@functools.lru_cache(8)
+def _tables(radius: int, size: tuple[int, int], device: str) -> _Tables:
+    "Made once per radius, size and device: every step of a training asks for the same ones"
+    index, (_, w) = path_index(radius, size), size
+    lengths = [len(p) for p in index.paths]
+    steps = np.stack([np.pad(p @ (w, 1), (0, max(lengths) - len(p)), "edge") for p in index.paths])     # (n,L)
+    return _Tables(*(torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in (index.src, index.to, index.dst, steps)), lengths)
+
+# %% ../nbs/11_irnet.ipynb #4c938fa5
+def _best_by_slices(edge, radius):
+    "Highest boundary on every path and the number of its cell: (B,n,s) each"
+    best = [torch.stack([_sources(edge, c, radius) for c in cells]).max(0) for _, cells in _paths(radius)]
+    return torch.stack([b.values.flatten(1) for b in best], 1), torch.stack([b.indices.flatten(1).to(torch.uint8) for b in best], 1)
+
+def _best_by_gather(edge, table):
+    "The same in a few large kernels"
+    flat, parts, lengths = edge.flatten(1), [], table.lengths
+    for L in sorted(set(lengths)):
+        rows = slice(lengths.index(L), lengths.index(L) + lengths.count(L))              # lengths rise, so equal ones are neighbors
+        parts.append(flat[:, table.steps[rows, :L, None] + table.src].max(2))            # (B,m,L,s) -> (B,m,s)
+    return torch.cat([p.values for p in parts], 1), torch.cat([p.indices.to(torch.uint8) for p in parts], 1)
+
+# %% ../nbs/11_irnet.ipynb #027ce531
 class _PathMax(torch.autograd.Function):
     "Maximum over the path of every pair: (B,h,w) -> (B,n,s)"
     @staticmethod
     def forward(ctx, edge, radius):
-        best = [torch.stack([_sources(edge, c, radius) for c in cells]).max(0) for _, cells in _paths(radius)]
-        ctx.radius, ctx.shape = radius, edge.shape
-        ctx.save_for_backward(torch.stack([b.indices.flatten(1).to(torch.uint8) for b in best], 1))  # (B,n,s)
-        return torch.stack([b.values.flatten(1) for b in best], 1)
+        table = _tables(radius, tuple(edge.shape[-2:]), str(edge.device))
+        value, winner = _best_by_slices(edge, radius) if edge.device.type == "cpu" else _best_by_gather(edge, table)
+        ctx.table, ctx.shape = table, edge.shape
+        ctx.save_for_backward(winner)                                                    # (B,n,s) uint8
+        return value
 
     @staticmethod
     def backward(ctx, grad):
-        winner, (B, h, w) = ctx.saved_tensors[0], ctx.shape
-        src = torch.from_numpy(path_index(ctx.radius, (h, w)).src).to(grad.device)                   # (s,)
+        (winner,), table, (B, h, w) = ctx.saved_tensors, ctx.table, ctx.shape
         out = grad.new_zeros(B, h*w)
-        for i, (_, cells) in enumerate(_paths(ctx.radius)):
-            step = torch.tensor([y*w + x for y, x in cells], device=grad.device)                     # (L,)
-            out.scatter_add_(1, src + step[winner[:, i].long()], grad[:, i])                         # (B,s) into (B,hw)
+        n, at_once = len(table.steps), 1 if grad.device.type == "cpu" else len(table.steps)         # all at once need (B,n,s) int64
+        for rows in (slice(i, i + at_once) for i in range(0, n, at_once)):
+            steps = table.steps[rows].expand(B, -1, -1)                                              # (B,m,L)
+            place = table.src + steps.gather(2, winner[:, rows].long())                              # (B,m,s) flat cell that won
+            out.scatter_add_(1, place.flatten(1), grad[:, rows].flatten(1))
         return out.view(B, h, w), None
 
 # %% ../nbs/11_irnet.ipynb #219c184e
@@ -326,7 +363,7 @@ class ConformerStages(nn.Module):
         super().__init__()
         self.net = model
         self.steps = np.linspace(0, model.depth - 1, 4).astype(int).tolist()  # whole, rounded down
-        with torch.no_grad(): maps = self._maps(torch.zeros(1, 3, 4*model.stride, 4*model.stride))
+        with untouched(model): maps = self._maps(torch.zeros(1, 3, 4*model.stride, 4*model.stride, device=next(model.parameters()).device))
         self.channels, self.strides = tuple(m.shape[1] for m in maps), tuple(4*model.stride//m.shape[2] for m in maps)
 
     def _maps(self, x):
@@ -345,7 +382,7 @@ class ResNetStages(nn.Module):
                 ):
         super().__init__()
         self.net, self.pools = net, [0]*5
-        with torch.no_grad(): sizes = [m.shape for m in self.forward(torch.zeros(1, 3, 64, 64))]
+        with untouched(net): sizes = [m.shape for m in self.forward(torch.zeros(1, 3, 64, 64, device=next(net.parameters()).device))]
         self.pools = [s[2]//16 for s in sizes]  # 64 pixels are 16 cells at stride 4
         self.channels, self.strides = tuple(s[1] for s in sizes), tuple(max(4, 64//s[2]) for s in sizes)
 
@@ -439,20 +476,19 @@ def pair_labels(
     num_classes: int = 20,  # K
 ) -> tuple[Tensor, Tensor, Tensor]:  # P_bg, P_fg, N: (B,n,s) bool in the order of `path_index`
     "Which pairs are equal background, equal object, different (spec baselines 1.7)"
-    index, flat = path_index(radius, label.shape[-2:]), label.flatten(-2).long()                # (B,hw)
-    src, to = (torch.from_numpy(i).to(label.device) for i in (index.src, index.to))
-    a, b = flat[..., src].unsqueeze(-2), flat[..., to]                                          # (B,1,s), (B,n,s)
-    valid = ((a >= 0) & (a <= num_classes)) & ((b >= 0) & (b <= num_classes))
+    table, flat = _tables(radius, tuple(label.shape[-2:]), str(label.device)), label.flatten(-2)    # (B,hw)
+    flat = torch.where((flat >= 0) & (flat <= num_classes), flat, 255).to(torch.uint8)          # 255: takes no part
+    a, b = flat[..., table.src].unsqueeze(-2), flat[..., table.to]                              # (B,1,s), (B,n,s)
+    valid = (a != 255) & (b != 255)
     same = valid & (a == b)
     return same & (a == 0), same & (a > 0), valid & (a != b)
 
 # %% ../nbs/11_irnet.ipynb #c14f2b5d
 def _displacement_sums(dp, bg, fg, radius):
     "Sums over P_fg and P_bg of the L1 distance of displacement differences: two scalars"
-    index, flat = path_index(radius, dp.shape[-2:]), dp.flatten(2)                              # (B,2,hw)
-    src, to = (torch.from_numpy(i).to(dp.device) for i in (index.src, index.to))
-    gap = flat[..., src].unsqueeze(2) - flat[..., to]                                           # (B,2,n,s) D_i - D_j
-    want = torch.from_numpy(index.dst.T.copy()).to(gap)[None, :, :, None]                       # (1,2,n,1) x_j - x_i
+    table, flat = _tables(radius, tuple(dp.shape[-2:]), str(dp.device)), dp.flatten(2)          # (B,2,hw)
+    gap = flat[..., table.src].unsqueeze(2) - flat[..., table.to]                               # (B,2,n,s) D_i - D_j
+    want = table.dst.T.to(gap)[None, :, :, None]                                                # (1,2,n,1) x_j - x_i
     return ((gap - want).abs()*fg[:, None]).sum(), (gap.abs()*bg[:, None]).sum()
 
 # %% ../nbs/11_irnet.ipynb #0f595488
@@ -517,10 +553,10 @@ def _named(index, keys):
     return np.concatenate([[0], np.asarray(keys) + 1])[index].astype(np.uint8)
 
 # %% ../nbs/11_irnet.ipynb #70ae2528
-def _crf(index, n, image, options):
+def _crf(index, n, image, options, device=None):
     "Labels (m,H,W) in 0..n-1 of one image, smoothed by m CRFs that share their kernels"
-    q = dense_crf(unary_from_labels(index, n, gt_prob=.7), image, **(CRF_OF_IRN | options))   # (m,n,H,W)
-    return np.asarray(q).argmax(1)
+    unary = unary_from_labels(torch.as_tensor(index, device=device), n, gt_prob=.7)           # (m,n,H,W)
+    return dense_crf(unary, image, **(CRF_OF_IRN | options)).argmax(1).cpu().numpy()
 
 # %% ../nbs/11_irnet.ipynb #20db302f
 def ir_label(
@@ -531,13 +567,14 @@ def ir_label(
     bg: float = .05,     # below it surely background
     *,
     name: str = "the seed",  # what to call it in errors
+    device: Any = None,  # where the CRFs run; None: the CPU
     **crf: Any,          # other keywords of `adcam.crf.dense_crf`, e.g. backend="pydensecrf"
 ) -> np.ndarray:         # (H,W) uint8: 0 background, key+1 object, 255 unsure
     "Confident labels by two fully connected CRFs (spec baselines 1.4). A seed that is zero everywhere gives background and a warning."
     cam, keys = _check_maps(cam, keys, image.shape[:2], name=name)
     if not 0 < bg <= fg < 1: raise ValueError(f"thresholds fg={fg}, bg={bg}; expected 0 < bg <= fg < 1")
     if not cam.max() > 0: warnings.warn(f"{name} is zero everywhere: its label is all background")
-    sure, maybe = _crf(np.stack([_compete(cam, t) for t in (fg, bg)]), len(cam) + 1, image, crf)  # (H,W) each
+    sure, maybe = _crf(np.stack([_compete(cam, t) for t in (fg, bg)]), len(cam) + 1, image, crf, device)  # (H,W) each
     return np.where((sure == 0) & (maybe > 0), 255, _named(sure, keys)).astype(np.uint8)
 
 # %% ../nbs/11_irnet.ipynb #8ca3b0b9
@@ -563,6 +600,10 @@ def _pair_view(image, label, crop, scale, rng):
     return (view.flip(-1), marks.flip(-1)) if flip else (view, marks)
 
 # %% ../nbs/11_irnet.ipynb #e0eca148
+def _sample(ds, i, whole):
+    "Item i, with its mask only if somebody asks for it"
+    return ds[i] if whole else Sample(ds.ids[i], *weak_of(ds, i), None)
+
 class IRViews(Dataset):
     "Random views of images with IR labels; item i of an epoch depends on (seed, epoch, i) only"
     def __init__(self,
@@ -587,7 +628,7 @@ class IRViews(Dataset):
         return label
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        s, rng = self.ds[i], np.random.default_rng((self.seed, int(self._epoch), i))
+        s, rng = _sample(self.ds, i, callable(self.labels)), np.random.default_rng((self.seed, int(self._epoch), i))
         return _pair_view(s.image, self.label(s), self.crop, self.scale, rng)
 
 # %% ../nbs/11_irnet.ipynb #13eb81da
@@ -623,6 +664,7 @@ class IRNetConfig:
     scale: tuple = (.5, 1.5)          # range of the random rescale
     radius: int = 10                  # of the pairs, cells
     seed: int = 0                     # of order and views
+    mixed_precision: str = "fp32"     # "fp32", "tf32" or "bf16"
     workers: int = 0                  # processes that prepare views
 
 # %% ../nbs/11_irnet.ipynb #17ccbe25
@@ -631,6 +673,7 @@ def _check_config(c):
         if getattr(c, name) < 1: raise ValueError(f"{name} is {getattr(c, name)}; it must be at least 1")
     for name in ("lr_edge", "lr_displacement", "power"):
         if not getattr(c, name) > 0: raise ValueError(f"{name} is {getattr(c, name)}; it must be above 0")
+    if precision_name(c.mixed_precision) not in ("fp32", "tf32", "bf16"): raise ValueError(f"mixed_precision is {c.mixed_precision!r}; for IRNet choose fp32, tf32 or bf16")
     path_index(c.radius, (c.crop//4, c.crop//4))  # refuses a crop without pairs
 
 # %% ../nbs/11_irnet.ipynb #fa6c8006
@@ -650,9 +693,8 @@ def _load_run(acc, path, model, optimizer, run):
     try: state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # a torn file can fail in any way
         raise ValueError(f"cannot read {path} ({type(e).__name__}); delete it to start again") from e
-    for k in sorted(run["settings"].keys() | state["settings"].keys()):
-        was, now = state["settings"].get(k), run["settings"].get(k)
-        if was != now: raise ValueError(f"{path} was trained with {k} = {was!r}, now it is {now!r}; use another folder, the old value, or resume=False")
+    odd = difference(state["settings"], run["settings"])
+    if odd: raise ValueError(f"{path} was trained with other settings ({odd}); use another folder, the old values, or resume=False")
     acc.unwrap_model(model).load_state_dict(state["heads"], strict=False)
     optimizer.load_state_dict(state["optimizer"])
     return dict(run, epoch=state["epoch"], history=state["history"])
@@ -676,13 +718,21 @@ def _step(acc, model, optimizer, x, label, c, num_classes):
     return dict(zip(losses, values))
 
 # %% ../nbs/11_irnet.ipynb #f3a32106
-def _run_settings(model, ds, labels, c, processes):
+def _label_source(labels):
+    "What labels are: the name of a function, or how a folder's files were made, with their names and sizes"
+    if callable(labels): return getattr(labels, "__name__", type(labels).__name__)
+    files = "".join(f"{p.name} {p.stat().st_size}\n" for p in sorted(Path(labels).glob("*.png")))
+    return f"{_folder_settings(labels)} {hashlib.sha256(files.encode()).hexdigest()[:16]}"
+
+def _run_settings(model, ds, labels, c, acc):
     "What must be the same for a run to be continued"
-    same = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(c).items() if k != "workers"}
-    source = getattr(labels, "__name__", type(labels).__name__) if callable(labels) else _folder_settings(labels)
-    return same | dict(data=ds.fingerprint(), labels=source, backbone=model_fingerprint(model.stages), displacement=model.displacement, processes=processes)
+    same = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(c).items() if k not in ("workers", "mixed_precision")}
+    code = sorted({"adcam.irnet", "adcam.data", type(model.stages).__module__} - {"__main__"})
+    return same | dict(data=ds.fingerprint(), labels=_label_source(labels), backbone=model_fingerprint(model.stages)[:16], displacement=model.displacement, processes=acc.num_processes,
+                       **origin(model, acc.device, precision_name(c.mixed_precision), *code))
 
 # %% ../nbs/11_irnet.ipynb #74343817
+@one_at_a_time()
 def train_irnet(
     model: IRNet,                      # its heads are trained, its backbone is not
     ds: Any,                           # data set: `len`, `ds[i] -> Sample`, `classes`, `fingerprint()`
@@ -691,20 +741,25 @@ def train_irnet(
     out: str|Path|None = None,         # folder for last.pt, log.jsonl and irnet.safetensors; None writes nothing
     resume: bool = True,               # continue from last.pt if there is one
     progress: bool = True,             # show a bar
-    accelerator: Accelerator|None = None,  # for a device or a launcher of your own
+    accelerator: Accelerator|None = None,  # for a launcher of your own
+    device: str = "auto",              # where it learns, see `adcam.devices.pick_device`; the network stays there
 ) -> list[dict]:                       # a row per step: step, epoch, losses
     "Train the two heads by pairs of confident labels, then set the mean shift (spec baselines 1.7). Several processes by `accelerate launch`."
     c, last = config, None if out is None else Path(out)/"last.pt"
     _check_config(c)
-    acc, views = accelerator or Accelerator(), IRViews(ds, labels, c.crop, c.scale, c.seed)
+    acc, views = accelerator or make_accelerator(c.mixed_precision, device), IRViews(ds, labels, c.crop, c.scale, c.seed)
     order = EpochBatches(len(views), c.batch, c.seed, acc.process_index, acc.num_processes)
     loader = DataLoader(views, batch_sampler=order, num_workers=c.workers, pin_memory=acc.device.type == "cuda")
-    run, rates = dict(epoch=0, history=[], settings=_run_settings(model, ds, labels, c, acc.num_processes)), (c.lr_edge, c.lr_displacement)
+    run, rates = dict(epoch=0, history=[], settings=_run_settings(model, ds, labels, c, acc)), (c.lr_edge, c.lr_displacement)
     groups = [dict(params=p, lr=lr) for p, lr in zip(model.heads().values(), rates) if p]
     net, optimizer = model.to(acc.device), PolySGD(groups, c.epochs*len(loader), c.weight_decay, c.power, c.momentum)
     if resume and last and last.exists(): run = _load_run(acc, last, net, optimizer, run)
+    if run["epoch"] == c.epochs and (last.parent/"irnet.safetensors").is_file():
+        load_irnet(model, last.parent/"irnet.safetensors")
+        return run["history"]
     net = acc.prepare(net)                                            # DDP; the optimizer needs no wrapper: no mixed precision, no scheduler
-    with tqdm(total=c.epochs*len(loader), initial=run["epoch"]*len(loader), desc="IRNet", disable=not (progress and acc.is_main_process)) as bar:
+    with (arithmetic(model, c.mixed_precision, f"a step of {order.share} views of {c.crop}x{c.crop}", "batch or crop"),
+          tqdm(total=c.epochs*len(loader), initial=run["epoch"]*len(loader), desc="IRNet", disable=not (progress and acc.is_main_process)) as bar):
         for epoch in range(run["epoch"], c.epochs):
             views.set_epoch(epoch); order.epoch = epoch; net.train()
             for x, label in loader:
@@ -731,7 +786,7 @@ def set_mean_shift(
     for start in range(0, len(ds), batch):
         x = torch.zeros(min(batch, len(ds) - start), 3, crop, crop)
         for j in range(len(x)):
-            part = to_tensor(ds[start + j].image[:crop, :crop].copy())
+            part = to_tensor(image_of(ds, start + j)[:crop, :crop].copy())
             x[j, :, :part.shape[1], :part.shape[2]] = part
         means.append(model(x.to(device))[1].mean((0, 2, 3)))
     model.mean_shift.running_mean.copy_(torch.stack(means).mean(0))
@@ -815,57 +870,42 @@ def pseudo_mask(
     background: float = .25,      # score of the background
     radius: int = 5, beta: float = 10, exp_times: int = 8,  # of `random_walk`
     name: str = "the seed",       # what to call it in errors
+    device: Any = None,           # where the walk goes; None: the CPU
 ) -> np.ndarray:                  # (H,W) uint8: 0 background, key+1 object
     "Seed and boundaries to a mask: power, walk, upsampling, threshold. A seed that is zero everywhere gives background and a warning."
     cam, keys = _check_maps(cam, keys, size, name=name, quarter=True)
     if not cam.max() > 0: warnings.warn(f"{name} is zero everywhere: its mask is all background")
     maps = cam.clip(0)**power
-    return walk_label(maps if edge is None else random_walk(maps, edge, radius, beta, exp_times), keys, size, background)
+    return walk_label(maps if edge is None else random_walk(maps, edge, radius, beta, exp_times, device=device), keys, size, background)
 
 # %% ../nbs/11_irnet.ipynb #cea8cf36
 def smooth_mask(
     mask: np.ndarray,    # (H,W) uint8 labels, 255 knows nothing
     image: np.ndarray,   # (H,W,3) uint8
-    **crf: Any,          # keywords of `adcam.crf.dense_crf`
+    device: Any = None,  # where the CRF runs; None: the CPU
+    **crf: Any,          # keywords of `adcam.crf.dense_crf`; the rest is those of the IR labels
 ) -> np.ndarray:         # (H,W) uint8, labels that `mask` has
     "A pseudo mask through the CRF of the IR labels: for the rows 'with CRF'; official IRN leaves it out here"
-    names = np.array([v for v in np.unique(mask) if v != 255])
-    if len(names) < 2: return mask.copy()
-    index = np.where(mask == 255, 255, np.searchsorted(names, mask))
-    q = dense_crf(unary_from_labels(index, len(names), gt_prob=.7, ignore=255), image, **(CRF_OF_IRN | crf))
-    return names[np.asarray(q).argmax(0)].astype(np.uint8)
-
-# %% ../nbs/11_irnet.ipynb #06be534a
-def _open_folder(out, settings, force):
-    "Write settings.json, or compare with the one that is there; `force` drops masks made with other settings"
-    path, settings = out/"settings.json", json.loads(json.dumps(settings))
-    if path.exists():
-        try: old = json.loads(path.read_text())
-        except ValueError: old = {"settings.json": "unreadable"}
-        if old != settings and not force:
-            odd = "; ".join(f"{k}: {old.get(k)!r} there, {settings.get(k)!r} now" for k in sorted(old.keys() | settings.keys()) if old.get(k) != settings.get(k))
-            raise ValueError(f"{out} holds files made with other settings ({odd}); choose another folder, or pass force=True to replace them")
-        if old != settings:
-            for f in (*out.glob("*.png"), *out.glob("*.npz")): f.unlink()
-    atomic_write(path, lambda f: f.write(json.dumps(settings, indent=1).encode()))
+    if len(np.unique(mask[mask != 255])) < 2: return mask.copy()
+    return refine_labels(mask, image, gt_prob=.7, device=device, **(CRF_OF_IRN | crf)).astype(np.uint8)
 
 # %% ../nbs/11_irnet.ipynb #49f6ef80
 def _missing(ds, out):
     "Indices of the images without a readable PNG"
-    todo = []
+    todo, remedy = [], "delete it and run it again"
     for i, name in enumerate(ds.ids):
         path = out/f"{name}.png"
         if not path.exists(): todo.append(i); continue
-        try: _read_png(path, "mask", "it")
+        try: check_png(path, "mask", remedy)
         except ValueError as e:
             print(f"redone: {e}")
             todo.append(i)
     return todo
 
 # %% ../nbs/11_irnet.ipynb #60361b1b
-def _seed_of(ds, i, seed_dir):
-    "Image and seed of index i, checked against each other"
-    sample, path = ds[i], Path(seed_dir)/f"{ds.ids[i]}.npz"
+def _seed_of(ds, i, seed_dir, whole=False):
+    "Image and seed of index i, checked against each other; `whole`: also its mask"
+    sample, path = _sample(ds, i, whole), Path(seed_dir)/f"{ds.ids[i]}.npz"
     seed, name = load_seed(path), f"seed {path}"
     _check_maps(seed.cam, seed.keys, sample.image.shape[:2], len(ds.classes), name, quarter=True)
     other = [int(k) for k in seed.keys if not sample.label[k]]
@@ -874,7 +914,8 @@ def _seed_of(ds, i, seed_dir):
 
 # %% ../nbs/11_irnet.ipynb #c9fec119
 def _check_seeds(ds, seed_dir):
-    lost = [n for n in ds.ids if not (Path(seed_dir)/f"{n}.npz").is_file()]
+    there = {e.name for e in os.scandir(seed_dir)} if os.path.isdir(seed_dir) else set()
+    lost = [n for n in ds.ids if f"{n}.npz" not in there]
     if lost: raise FileNotFoundError(f"{seed_dir} lacks {len(lost)} of {len(ds)} seeds, first {lost[0]}.npz; run extract_dataset on the same data, or take the part of the data that has seeds")
 
 # %% ../nbs/11_irnet.ipynb #f1629b1b
@@ -890,28 +931,54 @@ def _alone(work, *args):
     return [str(w.message) for w in said if "zero everywhere" in str(w.message)]
 
 # %% ../nbs/11_irnet.ipynb #94d22417
-def _all_images(todo, prepare, work, processes, done):
-    "prepare(i) here, work(*args) in the workers, a small portion at a time; `done(notes)` after each image"
+def _attempt(i, work, args):
+    "Work on one image: (index, why it was left out or None, notes)"
+    try: return i, None, _alone(work, *args)
+    except (ValueError, OSError, MemoryError) as e: return i, why_left_out(e), []
+
+def _ready(todo, prepare, done):
+    "prepare(i) of one image after the other; one that fails is reported to `done`"
+    for i in todo:
+        try: args = prepare(i)
+        except (ValueError, OSError, MemoryError) as e: done((i, why_left_out(e), [])); continue
+        yield i, args
+
+def _ahead(items):
+    "The same items; the next one is made by a thread while the caller works on this one"
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(next, items, None)
+        while (item := following.result()) is not None:
+            following = pool.submit(next, items, None)
+            yield item
+
+def _all_images(todo, prepare, work, processes, done, ahead=False):
+    "prepare(i) here, work(*args) in the workers, a small portion at a time; `done((i, reason, notes))` after each image"
     if processes == 1:
-        for i in todo: done(_alone(work, *prepare(i)))
+        ready = _ready(todo, prepare, done)
+        for i, args in _ahead(ready) if ahead else ready: done(_attempt(i, work, args))
         return
-    with Parallel(processes, return_as="generator_unordered", max_nbytes=None) as pool:
+    with dead_workers_in_words(), Parallel(processes, return_as="generator_unordered", max_nbytes=None, initializer=follow_parent) as pool:
         for at in range(0, len(todo), 8*processes):
-            jobs = [delayed(_alone)(work, *prepare(i)) for i in todo[at:at + 8*processes]]
-            for notes in pool(jobs): done(notes)
+            jobs = [delayed(_attempt)(i, work, args) for i, args in _ready(todo[at:at + 8*processes], prepare, done)]
+            for result in pool(jobs): done(result)
 
 # %% ../nbs/11_irnet.ipynb #77878f16
-def _make_folder(ds, out, settings, prepare, work, processes, force, progress, what):
-    "The common part of the two functions below: guard, what is missing, bar, workers, warnings"
-    processes = processes or os.cpu_count()
-    _open_folder(out, settings, force)
-    todo, empty = _missing(ds, out), []
-    with tqdm(total=len(ds), initial=len(ds) - len(todo), desc=what, unit="image", disable=not progress) as bar:
-        def done(notes):
-            empty.extend(notes); bar.update()
-        _all_images(todo, prepare, work, min(processes, len(todo)) or 1, done)
-    for note in empty: warnings.warn(note)
-    return dict(computed=len(todo), cached=len(ds) - len(todo), empty=len(empty))
+def _make_folder(ds, out, settings, prepare, work, processes, force, progress, what, shard=(0, 1), device=None):
+    "The common part of the two functions below: guard, what is missing, bar, workers, warnings. On a GPU this process does it all"
+    on_gpu = device is not None and torch.device(device).type != "cpu"
+    processes = 1 if on_gpu else processes or os.cpu_count()
+    with claimed(out, settings, "*.png", shard=shard, force=force):
+        todo = _missing(ds, out)
+        account = Account(there=len(ds) - len(todo))
+        with tqdm(total=len(ds), initial=account.there, desc=what, unit="image", disable=not progress) as bar:
+            def done(result):
+                i, skipped, notes = result
+                account.add(ds.ids[i], skipped, note=notes[0] if notes else None); bar.update()
+            _all_images(todo, prepare, work, min(processes, len(todo)) or 1, done, ahead=on_gpu)
+        account.check()
+        write_report(out, shard, sorted(account.skipped))
+    for note in account.notes: warnings.warn(note)
+    return dict(computed=account.computed, cached=account.there, empty=len(account.notes), skipped=sorted(account.skipped))
 
 # %% ../nbs/11_irnet.ipynb #55d44d9f
 def _label_file(path, seed, image, name, options): save_mask(path, ir_label(seed.high_res, seed.keys, image, name=name, **options))
@@ -923,24 +990,34 @@ def make_ir_labels(
     out: str|Path,                # folder for `<id>.png` and settings.json
     *,
     fg: float = .30, bg: float = .05,  # thresholds, see `SETTINGS`
-    processes: int|None = None,   # worker processes; None takes all cores
+    processes: int|None = None,   # worker processes on a CPU; None takes all cores
+    device: Any = None,           # where the CRFs run; None: the CPU
     force: bool = False,          # replace labels made with other settings
     progress: bool = True,        # show a bar with the time left
     **crf: Any,                   # other keywords of `dense_crf`
-) -> dict[str, int]:              # how many were computed, were there, and came from an empty seed
-    "IR labels of a whole data set, resumable. Scripts need the usual `if __name__ == '__main__':`."
+) -> dict:                        # computed, cached, empty: how many were made, were there, came from an empty seed; skipped: [(id, reason)]
+    "IR labels of a whole data set, resumable. An image that cannot be done is left out and named. Scripts need the usual `if __name__ == '__main__':`."
     out, options = Path(out), dict(fg=fg, bg=bg, **crf)
     _check_seeds(ds, seed_dir)
     def prepare(i):
         sample, seed, name = _seed_of(ds, i, seed_dir)
-        return out/f"{sample.id}.png", seed, sample.image, name, options
+        return out/f"{sample.id}.png", seed, sample.image, name, options | dict(device=device)
     settings = options | dict(kind="IR labels", data=ds.fingerprint(), seeds=_folder_settings(seed_dir))
-    return _make_folder(ds, out, settings, prepare, _label_file, processes, force, progress, "IR labels")
+    return _make_folder(ds, out, settings, prepare, _label_file, processes, force, progress, "IR labels", device=device)
 
 # %% ../nbs/11_irnet.ipynb #749aa603
 def _mask_file(path, seed, edge, image, size, name, options):
     mask = pseudo_mask(seed.cam, seed.keys, edge, size, name=name, **options)
-    save_mask(path, mask if image is None else smooth_mask(mask, image))
+    save_mask(path, mask if image is None else smooth_mask(mask, image, options["device"]))
+
+# %% ../nbs/11_irnet.ipynb #941e4e16
+def _edge_source(edges, precision, device):
+    "What the boundaries come from, for the settings; a function Sample -> (h,w); where walk and CRF go"
+    if not isinstance(edges, nn.Module): return dict(edges=getattr(edges, "__name__", str(edges))), edges or (lambda s: None), device
+    place, edges = device_of(edges), edges.eval()
+    def find(sample):
+        with computed_in(precision, place): return edge_map(edges, sample.image)
+    return dict(edges=model_fingerprint(edges), **numerics(place, precision)), find, place if device is None else device
 
 # %% ../nbs/11_irnet.ipynb #75def543
 def make_pseudo_masks(
@@ -952,22 +1029,30 @@ def make_pseudo_masks(
     power: float = 1., background: float = .25,             # see `SETTINGS`
     radius: int = 5, beta: float = 10, exp_times: int = 8,  # of `random_walk`
     crf: bool = False,                # a CRF after the threshold
-    processes: int|None = None,       # worker processes for the walks; None takes all cores. The network runs in this process, on its device
+    precision: str = "fp32",          # of the network, one of `adcam.devices.PRECISIONS`
+    processes: int|None = None,       # worker processes for the walks on a CPU; None takes all cores. The network runs in this process, on its device
+    device: Any = None,               # of walk and CRF; None: where the network is
     force: bool = False,              # replace masks made with other settings
     progress: bool = True,            # show a bar with the time left
-) -> dict[str, int]:                  # how many were computed, were there, and came from an empty seed
-    "Pseudo masks of a whole data set as palette PNGs, resumable. Scripts need the usual `if __name__ == '__main__':`."
+) -> dict:                            # computed, cached, empty: how many were made, were there, came from an empty seed; skipped: [(id, reason)]
+    "Pseudo masks of a whole data set as palette PNGs, resumable. An image that cannot be done is left out and named. Scripts need the usual `if __name__ == '__main__':`."
     out, options = Path(out), dict(power=power, background=background, radius=radius, beta=beta, exp_times=exp_times)
     _check_seeds(ds, seed_dir)
-    if isinstance(edges, nn.Module): source, find = model_fingerprint(edges.eval()), lambda s: edge_map(edges, s.image)
-    else: source, find = getattr(edges, "__name__", str(edges)), edges or (lambda s: None)
+    source, find, device = _edge_source(edges, precision, device)
     def prepare(i):
-        sample, seed, name = _seed_of(ds, i, seed_dir)
-        return out/f"{sample.id}.png", seed, find(sample), sample.image if crf else None, sample.image.shape[:2], name, options
-    settings = options | dict(kind="pseudo masks", crf=crf, data=ds.fingerprint(), seeds=_folder_settings(seed_dir), edges=source)
-    return _make_folder(ds, out, settings, prepare, _mask_file, processes, force, progress, "pseudo masks")
+        sample, seed, name = _seed_of(ds, i, seed_dir, whole=edges is not None and not isinstance(edges, nn.Module))
+        return out/f"{sample.id}.png", seed, find(sample), sample.image if crf else None, sample.image.shape[:2], name, options | dict(device=device)
+    settings = options | dict(kind="pseudo masks", crf=crf, data=ds.fingerprint(), seeds=_folder_settings(seed_dir), **source)
+    return _make_folder(ds, out, settings, prepare, _mask_file, processes, force, progress, "pseudo masks", device=device)
 
 # %% ../nbs/11_irnet.ipynb #5c7e0b04
+def _whole(path, read):
+    "Is the file there and readable? A damaged one is named"
+    try: read(path)
+    except FileNotFoundError: return False
+    except ValueError as e: print(f"redone: {e}"); return False
+    return True
+
 def files_from_seeds(
     ds: Any,                      # data set: `len`, `ds[i] -> Sample`, `ids`, `classes`, `fingerprint()`
     seed_dir: str|Path,           # folder of `extract_dataset`
@@ -982,23 +1067,25 @@ def files_from_seeds(
     force: bool = False,          # replace files made with other settings
     progress: bool = True,        # show a bar
     what: str = "files",          # for the bar
-) -> dict[str, int]:              # how many were computed, were there, and came from an empty seed
-    "One file per image, made from its seed: the common part of methods with files of their own"
-    out, todo, empty = Path(out), [], []
+) -> dict:                        # computed, cached, empty: how many were made, were there, came from an empty seed; skipped: [(id, reason)]
+    "One file per image, made from its seed: the common part of methods with files of their own. An image that cannot be done is left out and named."
+    out = Path(out)
     _check_seeds(ds, seed_dir)
-    _open_folder(out, settings | dict(data=ds.fingerprint(), seeds=_folder_settings(seed_dir)), force)
-    for i, name in enumerate(ds.ids):
-        try: read(out/f"{name}{suffix}")
-        except FileNotFoundError: todo.append(i)
-        except ValueError as e: print(f"redone: {e}"); todo.append(i)
     def prepare(i):
         sample, seed, name = _seed_of(ds, i, seed_dir)
         return out/f"{sample.id}{suffix}", *ask(sample, seed, name)
-    with tqdm(total=len(ds), initial=len(ds) - len(todo), desc=what, unit="image", disable=not progress) as bar:
-        def done(notes): empty.extend(notes); bar.update()
-        _all_images(todo, prepare, work, min(processes or os.cpu_count(), len(todo)) or 1, done)
-    for note in empty: warnings.warn(note)
-    return dict(computed=len(todo), cached=len(ds) - len(todo), empty=len(empty))
+    with claimed(out, settings | dict(data=ds.fingerprint(), seeds=_folder_settings(seed_dir)), f"*{suffix}", force=force):
+        todo = [i for i, name in enumerate(ds.ids) if not _whole(out/f"{name}{suffix}", read)]
+        account = Account(there=len(ds) - len(todo))
+        with tqdm(total=len(ds), initial=account.there, desc=what, unit="image", disable=not progress) as bar:
+            def done(result):
+                i, skipped, notes = result
+                account.add(ds.ids[i], skipped, note=notes[0] if notes else None); bar.update()
+            _all_images(todo, prepare, work, min(processes or os.cpu_count(), len(todo)) or 1, done)
+        account.check()
+        write_report(out, (0, 1), sorted(account.skipped))
+    for note in account.notes: warnings.warn(note)
+    return dict(computed=account.computed, cached=account.there, empty=len(account.notes), skipped=sorted(account.skipped))
 
 # %% ../nbs/11_irnet.ipynb #89841cb8
 def write_official(

@@ -13,6 +13,7 @@ import inspect as _python
 import io
 import os
 import re
+import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -20,10 +21,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from . import cam, viz
-from .data import to_tensor
+from .data import to_tensor, upright_pixels
 from .scenes import atomic_write
 
 # %% ../nbs/06b_photo.ipynb #e4a56166
@@ -36,20 +37,14 @@ MAX_PIXELS = 50_000_000  # 8000 x 6000: the largest phones
 MIN_SIDE = 16            # one patch
 
 def _upright(picture):
-    "RGB on white, turned as EXIF says"
-    picture, notes = ImageOps.exif_transpose(picture), []
-    if picture.mode.startswith(("I", "F")): raise ValueError(f"the picture has mode {picture.mode} (16 or 32 bits): save it with 8 bits per channel")
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        if picture.getextrema()[3][0] < 255: notes.append("transparent parts were laid on white")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return Photo(np.asarray(picture.convert("RGB")), tuple(notes))
+    "RGB on white, turned as EXIF says: `adcam.data` reads the pictures of training in the same way"
+    return Photo(*upright_pixels(picture))
 
 # %% ../nbs/06b_photo.ipynb #dc0075d5
 def _check_size(width, height, max_pixels):
     if min(width, height) < MIN_SIDE: raise ValueError(f"the picture has {width}x{height} pixels: at least {MIN_SIDE}x{MIN_SIDE} are needed, one patch of a ViT")
     if width * height > max_pixels:
-        raise ValueError(f"the picture has {width}x{height} = {width * height / 1e6:.0f} million pixels, the limit is {max_pixels / 1e6:.0f} million: make it smaller, or raise max_pixels")
+        raise ValueError(f"the picture has {width}x{height} = {width * height / 1e6:.0f} million pixels, the limit is {max_pixels / 1e6:.0f} million: make it smaller, or raise the limit: --max-megapixels (in Python max_pixels)")
 
 def _open(path, max_pixels):
     if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+:/", str(path)): raise ValueError(f"{path} is an address: download the picture first and give the file")
@@ -61,7 +56,7 @@ def _open(path, max_pixels):
             _check_size(*picture.size, max_pixels)
             return _upright(picture)
     except UnidentifiedImageError: raise ValueError(f"{path} is no picture that Pillow can read: give JPEG, PNG, WebP, TIFF or BMP") from None
-    except (OSError, SyntaxError) as e: raise ValueError(f"{path} is damaged: {e}") from e
+    except (OSError, SyntaxError, EOFError, struct.error) as e: raise ValueError(f"{path} is damaged: {e}") from e
     finally: Image.MAX_IMAGE_PIXELS = limit
 
 # %% ../nbs/06b_photo.ipynb #70aa84c0

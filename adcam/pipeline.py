@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['profiles', 'PUBLISHED', 'MEASURED_BY', 'project_root', 'results_dir', 'checkpoint_path', 'Profile', 'differences',
            'published', 'file_sha256', 'git_commit', 'provenance', 'footer', 'output_folder', 'save_result',
-           'load_result', 'to_csv', 'to_markdown', 'code_hash', 'Stage', 'cache_dir', 'stage', 'check_parameters',
-           'Point', 'point_maps', 'upsample', 'fit_scale', 'count', 'as_sweep', 'measure', 'summarize', 'choose_point',
+           'load_result', 'to_csv', 'to_markdown', 'Stage', 'cache_dir', 'stage', 'check_parameters', 'Point',
+           'point_maps', 'upsample', 'fit_scale', 'count', 'as_sweep', 'measure', 'summarize', 'choose_point',
            'patch_labels', 'attention_quality', 'measure_attention', 'bench']
 
 # %% ../nbs/13_pipeline.ipynb #0b8b44cd
-import ast, csv, difflib, hashlib, importlib.util, io, json, os, platform, statistics, subprocess, tempfile, time, types
+import ast, csv, difflib, hashlib, io, json, os, platform, statistics, subprocess, tempfile, time, types
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -28,8 +28,9 @@ from .cam import ad_cam, ad_cam_grid, attention_received, co_neighbor, normalize
 from .cnn import shipped_weights
 from .conformer import Maps, conformer_mini, conformer_small
 from .evaluation import Sweep, side_by_side
-from .scenes import atomic_write
-from .seeds import METHODS, _follow_parent, positive_classes, resolve, view
+from .training import code_hash, device_of
+from .seeds import METHODS, positive_classes, resolve, view
+from .files import atomic_write, dead_workers_in_words, follow_parent
 
 # %% ../nbs/13_pipeline.ipynb #e2a04a7a
 def project_root() -> Path:
@@ -104,6 +105,7 @@ class Profile(_SeedSettings):
     irn_lr_edge: float = 0.1             # SGD, decays as (1 - step/steps)^lr_power
     irn_lr_displacement: float = 1.0
     irn_weight_decay: float = 1e-4
+    irn_momentum: float | None = None    # of SGD; None: the official optimizer's, which is its weight decay
     irn_radius: int = 10                 # pairs of pixels less than this far apart, at stride 4
     irn_displacement: bool = True        # also train the displacement head; masks do not need it, and the heads share nothing
     walk_radius: int = 5                 # the same for the random walk
@@ -126,7 +128,8 @@ profiles: dict[str, Profile] = {p.name: p for p in (
             seg_iterations=100_000, seg_lr=2e-4, seg_batch=20),
     Profile("mini", dataset="scenes", num_classes=10, train_split="train", seed_split="train", choose_split="val", test_split="test",
             network="conformer_mini", crop=112, resize=(112, 208), scales=(1.0,), flip=False,
-            irn_crop=160, irn_scale=(0.75, 1.25), irn_batch=16, irn_epochs=12, irn_lr_edge=2.0, irn_radius=5, irn_displacement=False, walk_exp_times=6,
+            irn_crop=160, irn_scale=(0.75, 1.25), irn_batch=16, irn_epochs=12, irn_lr_edge=0.3, irn_momentum=0.9, irn_radius=5, irn_displacement=False,
+            walk_beta=5, walk_exp_times=4,   # chosen on val: a map of 48 x 48 cells, and boundaries that are less sure than those of 1,464 photographs
             segmentation="deeplabv2_mini", seg_crop=128, seg_batch=8, seg_iterations=400, seg_lr=3e-4),
 )}
 
@@ -303,18 +306,6 @@ def to_markdown(
     line = lambda cells: "| " + " | ".join(cells) + " |"
     return "\n".join([line(columns), line(["---:" if r else "---" for r in right])] + [line([str(r.get(c, "")) for c in columns]) for r in rows]) + "\n"
 
-# %% ../nbs/13_pipeline.ipynb #69c5a0a6
-def code_hash(
-    *modules: str,  # e.g. "adcam.cam"
-) -> str:           # 64 hex digits
-    "Hash of what modules do: their syntax trees, which comments and formatting do not change"
-    h = hashlib.sha256()
-    for m in modules:
-        spec = importlib.util.find_spec(m)
-        if spec is None or not spec.origin: raise ValueError(f"no module {m!r} to hash")
-        h.update(ast.dump(ast.parse(Path(spec.origin).read_text())).encode())
-    return h.hexdigest()
-
 # %% ../nbs/13_pipeline.ipynb #0c791a06
 class Stage(NamedTuple):
     "Outcome of a stage"
@@ -478,9 +469,9 @@ def _count(networks: list, sample: Any, points: list[Point], sweeps: list[list[S
     size = sample.image.shape[:2]
     for net, counters in zip(networks, sweeps):
         keys = positive_classes(sample.label, net.num_classes, f"image {sample.id}")
-        x = view(sample.image, fit_scale(size, long_side), net.stride, "round")           # (1,3,h·s,w·s)
+        x = view(sample.image, fit_scale(size, long_side), net.stride, "round").to(device_of(net))   # (1,3,h·s,w·s)
         for m, sweep in zip(point_maps(net.maps(x), points, keys.tolist()), counters):     # (n,h,w)
-            sweep.update(upsample(m[None], size)[0].numpy(), keys.numpy(), sample.mask)
+            sweep.update(upsample(m[None], size)[0].cpu().numpy(), keys.numpy(), sample.mask)
 
 # %% ../nbs/13_pipeline.ipynb #2fb92210
 _job: dict = {}  # what a worker process was started with
@@ -488,7 +479,7 @@ _job: dict = {}  # what a worker process was started with
 # %% ../nbs/13_pipeline.ipynb #5d54c514
 def _open(build: Callable, checkpoints: list, ds: Any, points: list, thresholds: tuple, long_side: int) -> None:
     "Start of a process: one thread, networks from their files"
-    _follow_parent()
+    follow_parent()
     torch.set_num_threads(1)
     networks = [build(len(ds.classes), checkpoint=c).eval() for c in checkpoints]
     _job.update(networks=networks, ds=ds, points=points, thresholds=thresholds, long_side=long_side)
@@ -511,7 +502,7 @@ def _chunks(indices: list, processes: int, start: tuple, size: int = 5):
             for p in parts: yield len(p), _chunk(p)
         finally: torch.set_num_threads(threads); _job.clear()
         return
-    with ProcessPoolExecutor(processes, mp.get_context("spawn"), initializer=_open, initargs=start) as pool:
+    with dead_workers_in_words("Nothing of this measurement was stored: run it again"), ProcessPoolExecutor(processes, mp.get_context("spawn"), initializer=_open, initargs=start) as pool:
         jobs = {pool.submit(_chunk, p): len(p) for p in parts}
         try:
             for j in as_completed(jobs): yield jobs[j], j.result()
@@ -640,8 +631,8 @@ def attention_quality(
     "Same-object AUC and attention received by objects, mean over the images of a data set"
     found: dict = {}
     for sample in (ds[i] for i in range(len(ds))):
-        maps = network.maps(view(sample.image, 1., network.stride, "round"))
-        gt = torch.from_numpy(patch_labels(sample.mask, maps.cam.shape[-2:]).astype(np.int64))[None]  # (1,h,w)
+        maps = network.maps(view(sample.image, 1., network.stride, "round").to(device_of(network)))
+        gt = torch.from_numpy(patch_labels(sample.mask, maps.cam.shape[-2:]).astype(np.int64))[None].to(maps.cam.device)  # (1,h,w)
         A = patch_attention(maps.attn)                                                                # (1,N,N)
         blocks = {str(i + 1): patch_attention(maps.attn, [i]) for i in range(maps.attn.shape[1])}
         for name, m in (blocks | {"A": A, "S": co_neighbor(A)}).items():

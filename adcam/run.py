@@ -18,10 +18,12 @@ from torch import nn
 from . import conformer
 from .classifier import TrainConfig, save_weights, train
 from .cnn import mini_path, resnet_mini
-from .data import Subset, labelled, open_data, usable
-from .deeplab import DeepLabV2, deeplabv2_mini, init_deeplab, load_deeplab, upernet, upernet_mini
+from .data import Skipped, Subset, check_agreement, chosen, has_mask, mask_of, open_data
+from .files import one_at_a_time
+from .deeplab import DeepLabV2, deeplabv2_mini, init_deeplab, upernet, upernet_mini
+from .devices import check_precision, numerics, pick_device
 from .evaluation import Sweep, side_by_side
-from .irnet import IRNet, IRNetConfig, ResNet50Stages, ResNetStages, load_irnet, make_ir_labels, make_pseudo_masks, train_irnet
+from .irnet import IRNet, IRNetConfig, ResNet50Stages, ResNetStages, make_ir_labels, make_pseudo_masks, train_irnet
 from .pipeline import Profile, checkpoint_path, profiles, provenance, save_result
 from .seeds import extract_dataset, launched, load_seed, resolve
 from .segment import RECIPES, SegConfig, predict_dataset, score_predictions, train_segmentation
@@ -37,7 +39,8 @@ def _as_type(
     try: value = ast.literal_eval(text)
     except (ValueError, SyntaxError): value = text
     if isinstance(default, tuple): value = tuple(map(type(default[0]), value)) if isinstance(value, tuple) else (value,)
-    if type(default) is float and type(value) is int: value = float(value)
+    if type(default) in (float, type(None)) and type(value) is int: value = float(value)
+    if default is None and (value is None or type(value) is float): return value   # a number that may be left out
     right = all(type(v) is type(default[0]) for v in value) if isinstance(default, tuple) else type(value) is type(default)
     if not right: raise ValueError(f"{name}={text} cannot be read; the profile has {name}={default!r}, give a value of that kind")
     return value
@@ -76,9 +79,8 @@ def run_data(
     seen = open_data(data, profile.seed_split, limit, strict=limit is None, check=False)
     whole = seen if limit or profile.train_split == profile.seed_split else open_data(data, profile.train_split, check=False)
     if len(whole.classes) != profile.num_classes: raise ValueError(f"{data} has {len(whole.classes)} classes, the profile {profile.name} {profile.num_classes}; change it by num_classes={len(whole.classes)}")
-    good, skipped = usable(whole, workers=workers)
-    ds = labelled(good)
-    return RunData(ds, sorted(set(seen.ids) & set(ds.ids)), skipped, sorted(set(good.ids) - set(ds.ids)))
+    picked = chosen(whole, classes=True, decode=True, workers=workers)
+    return RunData(picked.ds, sorted(set(seen.ids) & set(picked.ds.ids)), picked.skipped, sorted(picked.unlabeled))
 
 # %% ../nbs/13b_run.ipynb #d2a7fa02
 def _warn(text: str) -> None:
@@ -99,6 +101,11 @@ def _conformer(p: Profile, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     return getattr(conformer, p.network)(p.num_classes, last_block=p.last_block, stop_grad=p.stop_grad)
 
+# %% ../nbs/13b_run.ipynb #50e36a83
+def _steps(history: list, there: bool) -> str:
+    "What a training did, in words"
+    return f"{'was there: ' if there else ''}{len(history)} steps, last loss {history[-1]['loss']:.3f}"
+
 # %% ../nbs/13b_run.ipynb #ea3aee16
 def classifier_stage(
     p: Profile,                       # settings
@@ -109,18 +116,19 @@ def classifier_stage(
     seed: int = 0,                    # of initial values, order and views
     workers: int = 0,                 # processes that prepare views
     progress: bool = True,            # show a bar
+    device: str = "auto",             # see `adcam.devices.pick_device`
+    precision: str = "fp32",          # one of `adcam.devices.PRECISIONS`
 ) -> tuple[nn.Module, str]:           # network in eval mode, what was done
     "Step 2 of the paper: multi-label training, one BCE loss per branch"
     net, done = _conformer(p, seed), out / "classifier" / "weights.safetensors"
     if trained is None and p.dataset == "scenes" and weights is None: trained = checkpoint_path(seed)
     if trained is not None: return conformer.load_checkpoint(net, trained).eval(), f"from {Path(trained).name}"
-    if done.is_file(): return conformer.load_checkpoint(net, done).eval(), "was there"
     if weights is None: _warn(f"No weights given: {p.network} starts from random numbers.\nThe way is tested, the results mean nothing. `adcam weights` lists the files to start from.")
     else: conformer.load_pretrained(net, weights)
-    config = train_config(p, batch=min(p.batch, len(ds)), seed=seed, workers=workers)
-    history = train(net, ds, config, out=out / "classifier", progress=progress)
+    config, there = train_config(p, batch=min(p.batch, len(ds)), seed=seed, workers=workers, mixed_precision=precision), done.is_file()
+    history = train(net, ds, config, out=out / "classifier", progress=progress, device=device)   # a finished run is compared with this one, and read
     save_weights(net, done)
-    return net, f"{len(history)} steps, last loss {history[-1]['loss']:.3f}"
+    return net, _steps(history, there)
 
 # %% ../nbs/13b_run.ipynb #9506461e
 def method_options(
@@ -135,9 +143,6 @@ def method_options(
     return usual | given
 
 # %% ../nbs/13b_run.ipynb #00314c75
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
 def seed_stage(
     p: Profile,              # settings
     net: nn.Module,          # classifier
@@ -146,17 +151,24 @@ def seed_stage(
     method: str = "ad_cam",  # a name of `adcam.seeds.METHODS`
     processes: int = 1,      # on a CPU
     progress: bool = True,   # show a bar
+    device: str = "auto",    # see `adcam.devices.pick_device`
+    precision: str = "fp32", # of the network, one of `adcam.devices.PRECISIONS`
 ) -> tuple[dict, str]:       # what `extract_dataset` returns, and in words
     "Step 3 of the paper: the class maps of every image"
-    device = _device()
-    done = extract_dataset(net.to(device), ds, out / "seeds", method, scales=p.scales, flip=p.flip, size_mode=p.size_mode,
-                           processes=processes if device.type == "cpu" else 1, progress=progress, **method_options(p, method))
+    place = pick_device(device)
+    done = extract_dataset(net.to(place), ds, out / "seeds", method, scales=p.scales, flip=p.flip, size_mode=p.size_mode,
+                           processes=processes if place.type == "cpu" else 1, precision=precision, progress=progress, **method_options(p, method))
     return done, f"{done['computed']} computed, {done['cached']} were there"
 
 # %% ../nbs/13b_run.ipynb #c1d79205
 def _indices(ds: Any, ids: list) -> list[int]:
     where = {name: i for i, name in enumerate(ds.ids)}
     return [where[i] for i in ids]
+
+def _mask_or_none(ds: Any, i: int) -> np.ndarray | None:
+    "The mask of an image; None if there is none, or, with a word, if it cannot be read"
+    try: return mask_of(ds, i)
+    except (ValueError, OSError) as e: print(f"not compared: {e}", file=sys.stderr)
 
 def score_seeds(
     ds: Any,             # images with masks
@@ -167,10 +179,10 @@ def score_seeds(
     "mIoU, FP and FN of seeds (spec B.10, B.11), no CRF"
     sweep, n = Sweep(len(ds.classes), sorted({*thresholds, fixed})), 0
     for i in range(len(ds)):
-        sample = ds[i]
-        if sample.mask is None: continue
-        seed, n = load_seed(folder / f"{sample.id}.npz"), n + 1
-        sweep.update(seed.high_res.astype(np.float32), seed.keys, sample.mask)
+        mask = _mask_or_none(ds, i)
+        if mask is None: continue
+        seed, n = load_seed(folder / f"{ds.ids[i]}.npz"), n + 1
+        sweep.update(seed.high_res.astype(np.float32), seed.keys, mask)
     return [row | dict(n=n) for row in side_by_side(sweep, fixed)] if n else []
 
 # %% ../nbs/13b_run.ipynb #04ab46ee
@@ -181,7 +193,7 @@ def irnet_config(
     **changes,      # fields of `IRNetConfig` that differ
 ) -> IRNetConfig:
     "IRNet's training settings of a profile"
-    same = {n: getattr(p, f"irn_{n}") for n in ("epochs", "lr_edge", "lr_displacement", "weight_decay", "crop", "scale", "radius")}
+    same = {n: getattr(p, f"irn_{n}") for n in ("epochs", "lr_edge", "lr_displacement", "weight_decay", "momentum", "crop", "scale", "radius")}
     return IRNetConfig(**same | dict(batch=min(p.irn_batch, images), power=p.lr_power, seed=seed) | changes)
 
 # %% ../nbs/13b_run.ipynb #8712a4eb
@@ -193,6 +205,8 @@ def irnet_stage(
     seed: int = 0,                    # of initial values, order and views
     workers: int = 0,                 # processes that prepare views
     progress: bool = True,            # show a bar
+    device: str = "auto",             # see `adcam.devices.pick_device`
+    precision: str = "fp32",          # fp32, tf32 or bf16
 ) -> tuple[IRNet, str]:               # trained network in eval mode, what was done
     "Train the boundary network on the IR labels"
     done = out / "irnet" / "irnet.safetensors"
@@ -201,9 +215,9 @@ def irnet_stage(
     torch.manual_seed(seed)
     stages = ResNetStages(resnet_mini(p.num_classes, checkpoint=mini_path("pretrained")).backbone_net) if p.dataset == "scenes" else ResNet50Stages(resnet)
     model = IRNet(stages, p.irn_displacement)
-    if done.is_file(): return load_irnet(model, done), "was there"
-    history = train_irnet(model, ds, out / "ir_labels", irnet_config(p, len(ds), seed, workers=workers), out=out / "irnet", progress=progress)
-    return model, f"{len(history)} steps, last loss {history[-1]['loss']:.3f}"
+    config, there = irnet_config(p, len(ds), seed, workers=workers, mixed_precision=precision), done.is_file()
+    history = train_irnet(model, ds, out / "ir_labels", config, out=out / "irnet", progress=progress, device=device)
+    return model, _steps(history, there)
 
 # %% ../nbs/13b_run.ipynb #c6310407
 def score_masks(
@@ -211,8 +225,11 @@ def score_masks(
     folder: Path,   # `<id>.png` labels
 ) -> dict | None:   # `scores` and the number of images; None if no image has a mask
     "mIoU, FP and FN of finished masks"
-    known = [i for i in range(len(ds)) if ds[i].mask is not None]
-    return score_predictions(folder, Subset(ds, known)) | dict(n=len(known)) if known else None
+    known, odd = [i for i in range(len(ds)) if has_mask(ds, i)], []
+    if not known: return None
+    scores = score_predictions(folder, Subset(ds, known), odd)
+    for s in odd: print(f"not compared: {s.reason}", file=sys.stderr)
+    return scores | dict(n=len(known) - len(odd))
 
 # %% ../nbs/13b_run.ipynb #8fbbc45a
 def segmentation_net(
@@ -258,23 +275,30 @@ def segmentation_stage(
     init: str | Path | None = None,  # start weights, see `segmentation_net`
     seed: int = 0,                   # of new layers, order and views
     progress: bool = True,           # show a bar
+    device: str = "auto",            # see `adcam.devices.pick_device`
     **changes,                       # fields of `SegConfig` that differ
 ) -> tuple[nn.Module, str]:          # trained network in eval mode, what was done
     "Train the segmentation network on the pseudo masks"
     done = out / "segmentation" / "weights.safetensors"
     torch.manual_seed(seed)
     net, notes = segmentation_net(p, init)
-    if done.is_file(): return load_deeplab(net, done).eval(), "was there"
     warn_if_random(p, init)
-    history = train_segmentation(net, ds, out / "pseudo_masks", segmentation_config(p, seed, **changes), out=out / "segmentation", progress=progress)
-    return net, "; ".join([f"{len(history)} steps, last loss {history[-1]['loss']:.3f}", *notes])
+    there = done.is_file()
+    history = train_segmentation(net, ds, out / "pseudo_masks", segmentation_config(p, seed, **changes), out=out / "segmentation", progress=progress, device=device)
+    return net, "; ".join([_steps(history, there), *notes])
 
 # %% ../nbs/13b_run.ipynb #8f396388
 _SHOWN = ("miou", "fp", "fn", "f1", "pixel_accuracy")
 
 class _Log:
     "Rows of a run; each is printed as it comes"
-    def __init__(self): self.rows = []
+    def __init__(self): self.rows, self.skipped = [], []
+
+    def rest(self, ds: Any, skipped: list) -> Any:
+        "The images that a stage could do; the others are remembered"
+        self.skipped += [s for s in (Skipped(*s) for s in skipped) if s.id not in {k.id for k in self.skipped}]
+        lost = {i for i, _ in skipped}
+        return Subset(ds, [i for i, name in enumerate(ds.ids) if name not in lost]) if lost else ds
 
     def stage(self, name: str, images: int | None, work: Callable) -> Any:
         "work() -> (value, words); one row. The first stage finds out how many images there are"
@@ -291,13 +315,13 @@ class _Log:
         print(f"{name:13} {row['n']:6} images   mIoU {100 * row['miou']:.1f}  FP {100 * row['fp']:.1f}  FN {100 * row['fn']:.1f}   {note}")
 
 # %% ../nbs/13b_run.ipynb #419cf264
-def _segment(log: _Log, p: Profile, data: str, ds: Any, out: Path, limit: int | None, init: Any, seed: int, processes: int, progress: bool) -> None:
+def _segment(log: _Log, p: Profile, data: str, ds: Any, out: Path, limit: int | None, init: Any, seed: int, processes: int, progress: bool, device: str, precision: str) -> None:
     "Training on pseudo masks, predictions with CRF for the test split, their score if it has masks"
-    net = log.stage("segmentation", len(ds), lambda: segmentation_stage(p, ds, out, init, seed, progress))
-    test, broken = usable(open_data(data, p.test_split, limit, strict=limit is None, check=False))
-    done = lambda c: (c, f"{c['computed']} computed, {c['cached']} were there" + (f", {len(broken)} unreadable" if broken else ""))
-    log.stage("predictions", len(test), lambda: done(predict_dataset(net.to(_device()), test, out / "predictions", processes=processes, progress=progress)))
-    if row := score_masks(test, out / "predictions"): log.score("prediction scores", f"{p.test_split} split, with CRF", row)
+    net = log.stage("segmentation", len(ds), lambda: segmentation_stage(p, ds, out, init, seed, progress, device, mixed_precision=precision))
+    test = open_data(data, p.test_split, limit, strict=limit is None, check=False)
+    done = lambda c: (c["skipped"], f"{c['computed']} computed, {c['cached']} were there" + (f", {len(c['skipped'])} left out" if c["skipped"] else ""))
+    broken = log.stage("predictions", len(test), lambda: done(predict_dataset(net.to(pick_device(device)), test, out / "predictions", precision=precision, processes=processes, progress=progress)))
+    if row := score_masks(log.rest(test, broken), out / "predictions"): log.score("prediction scores", f"{p.test_split} split, with CRF", row)
 
 # %% ../nbs/13b_run.ipynb #6f08116d
 class RunResult(NamedTuple):
@@ -305,8 +329,10 @@ class RunResult(NamedTuple):
     rows: list       # a row per stage and per score, as in run.json
     skipped: list    # `Skipped(id, reason)`
     unlabeled: list  # ids of images without a class
+    total: int = 0   # images that were to be worked on
 
 # %% ../nbs/13b_run.ipynb #78810159
+@one_at_a_time()
 def run(
     profile: Profile,                  # every setting, see `override`
     data: str,                         # "mini", a folder, or KIND:FOLDER
@@ -323,23 +349,29 @@ def run(
     processes: int = 1,                # worker processes for seeds, labels, walks and predictions
     workers: int = 0,                  # processes that prepare training views
     progress: bool = True,             # show bars
+    device: str = "auto",              # where networks, walks and CRFs run: auto, cpu, cuda or cuda:N
+    precision: str = "fp32",           # of the networks: fp32, tf32 or bf16
 ) -> RunResult:
     "The paper's pipeline from image labels to pseudo masks or predictions. Repeat the same call to continue."
     if launched()[1] > 1: raise ValueError("a whole run is one process; start it without a launcher, or launch its stages one by one (adcam train, adcam seeds)")
+    place = pick_device(device)
+    check_precision(precision, place)
     p, out, log, start = profile, Path(out), _Log(), time.perf_counter()
     d = log.stage("data", None, lambda: ((x := run_data(p, data, limit, workers)), f"{len(x.train)} to work on, {len(x.measured)} to measure, {len(x.skipped)} unreadable, {len(x.unlabeled)} without a class"))
-    ds, n, shown = d.train, len(d.train), Subset(d.train, _indices(d.train, d.measured))
-    net = log.stage("classifier", n, lambda: classifier_stage(p, ds, out, weights, trained, seed, workers, progress))
-    log.stage("seeds", n, lambda: seed_stage(p, net, ds, out, method, processes, progress))
-    for row in score_seeds(shown, out / "seeds", p.thresholds): log.score("seed scores", f"threshold {row['t']:.2f}, {row['rule']}, no CRF", row)
-    counted = lambda f, *a, **k: (lambda c: (c, f"{c['computed']} computed, {c['cached']} were there"))(f(*a, processes=processes, progress=progress, **k))
-    log.stage("IR labels", n, lambda: counted(make_ir_labels, ds, out / "seeds", out / "ir_labels", fg=p.label_fg, bg=p.label_bg))
-    irnet = log.stage("IRNet", n, lambda: irnet_stage(p, ds, out, resnet, seed, workers, progress))
-    log.stage("pseudo masks", n, lambda: counted(make_pseudo_masks, ds, out / "seeds", irnet.to(_device()), out / "pseudo_masks", power=p.walk_cam_power,
-                                                  background=p.walk_background, radius=p.walk_radius, beta=p.walk_beta, exp_times=p.walk_exp_times))
-    if row := score_masks(shown, out / "pseudo_masks"): log.score("mask scores", f"background {p.walk_background}, no CRF", row)
-    if segment: _segment(log, p, data, ds, out, limit, init, seed, processes, progress)
-    origin = provenance(seeds=[seed], settings=asdict(p) | dict(method=method, data=Path(data).name, limit=limit), data=dict(train=ds.fingerprint()), seconds=time.perf_counter() - start,
+    ds, n, log.skipped = d.train, len(d.train), list(d.skipped)
+    shown = lambda: Subset(ds, [i for i, name in enumerate(ds.ids) if name in measured]) if (measured := set(d.measured) & set(ds.ids)) else None
+    if data != "mini" and shown(): check_agreement(shown())
+    net = log.stage("classifier", n, lambda: classifier_stage(p, ds, out, weights, trained, seed, workers, progress, device, precision))
+    ds = log.rest(ds, log.stage("seeds", n, lambda: seed_stage(p, net, ds, out, method, processes, progress, device, precision))["skipped"])
+    for row in score_seeds(shown(), out / "seeds", p.thresholds) if shown() else (): log.score("seed scores", f"threshold {row['t']:.2f}, {row['rule']}, no CRF", row)
+    counted = lambda f, *a, **k: (lambda c: (c["skipped"], f"{c['computed']} computed, {c['cached']} were there"))(f(*a, processes=processes, progress=progress, **k))
+    ds = log.rest(ds, log.stage("IR labels", n, lambda: counted(make_ir_labels, ds, out / "seeds", out / "ir_labels", fg=p.label_fg, bg=p.label_bg, device=place)))
+    irnet = log.stage("IRNet", n, lambda: irnet_stage(p, ds, out, resnet, seed, workers, progress, device, precision))
+    ds = log.rest(ds, log.stage("pseudo masks", n, lambda: counted(make_pseudo_masks, ds, out / "seeds", irnet.to(place), out / "pseudo_masks", precision=precision, power=p.walk_cam_power,
+                                                  background=p.walk_background, radius=p.walk_radius, beta=p.walk_beta, exp_times=p.walk_exp_times)))
+    if shown() and (row := score_masks(shown(), out / "pseudo_masks")): log.score("mask scores", f"background {p.walk_background}, no CRF", row)
+    if segment: _segment(log, p, data, ds, out, limit, init, seed, processes, progress, device, precision)
+    origin = provenance(seeds=[seed], settings=asdict(p) | dict(method=method, data=Path(data).name, limit=limit, **numerics(place, precision)), data=dict(train=ds.fingerprint()), seconds=time.perf_counter() - start,
                         checkpoints=[f for f in (weights, trained, resnet, init) if f and f != "timm"])
-    save_result("run", log.rows, out, origin, skipped=[s._asdict() for s in d.skipped], unlabeled=d.unlabeled)
-    return RunResult(log.rows, d.skipped, d.unlabeled)
+    save_result("run", log.rows, out, origin, skipped=[s._asdict() for s in log.skipped], unlabeled=d.unlabeled)
+    return RunResult(log.rows, log.skipped, d.unlabeled, n + len(d.skipped))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CLASSES', 'RENDER_VERSION', 'TEXTURES', 'SPLITS', 'Sample', 'Instance', 'Scene', 'describe_scene', 'render_scene',
-           'Scenes', 'atomic_write', 'write_voc']
+           'Scenes', 'write_voc']
 
 # %% ../nbs/01_scenes.ipynb #b7d37c2e
 import functools, hashlib, json, math, multiprocessing, operator, os, warnings
@@ -14,6 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm.auto import tqdm
+
+from .files import atomic_write
 
 # %% ../nbs/01_scenes.ipynb #6962727c
 CLASSES = ("dog", "cat", "horse", "cow", "car", "bus", "truck", "boat", "aeroplane", "bird")
@@ -933,19 +935,6 @@ class Scenes(_Reopens):
         return hashlib.sha256(f"adcam.scenes/{RENDER_VERSION}/{self.split}/{self.n}/{self.size}".encode()).hexdigest()
 
 # %% ../nbs/01_scenes.ipynb #17f0a68e
-def atomic_write(
-    path: Path,  # the file to be made; its folder is made too
-    write        # called with a temporary file beside it, open for bytes
-) -> Path:       # `path`
-    "Write a file in one move: a reader sees the old file or the new one, never half of it"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(part, "wb") as f: write(f)
-        os.replace(part, path)
-    finally: part.unlink(missing_ok=True)
-    return path
-
 def _write_text(path, text): return atomic_write(path, lambda f: f.write(text.encode()))
 
 # %% ../nbs/01_scenes.ipynb #2267d1d9

@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['METHODS', 'SIZE_MODES', 'PRECISIONS', 'resolve', 'view_size', 'picture_tokens', 'without_padding', 'view',
            'maps_needed', 'view_maps', 'merge', 'Seed', 'positive_classes', 'class_views', 'extract', 'class_maps',
-           'save_seed', 'load_seed', 'model_fingerprint', 'Done', 'launched', 'extract_dataset', 'check_seeds',
-           'merge_seeds']
+           'save_seed', 'load_seed', 'check_seed', 'Done', 'launched', 'extract_dataset', 'check_seeds', 'merge_seeds']
 
 # %% ../nbs/08_seeds.ipynb #518556e7
-import contextlib, errno, hashlib, importlib, inspect, json, multiprocessing, os, threading, time, zipfile
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+import contextlib, errno, importlib, inspect, json, os, zipfile, io, warnings
+from concurrent.futures import ProcessPoolExecutor, FIRST_COMPLETED, wait
+from itertools import islice
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 import numpy as np
@@ -22,8 +21,9 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 from .cam import ad_cam, att_diffu, cam_map, crop_maps, trans_cam, ts_cam
-from .data import to_tensor
-from .scenes import atomic_write
+from .data import to_tensor, image_of, label_of
+from .training import model_fingerprint
+from .files import Account, atomic_write, claimed, dead_workers_in_words, difference as _difference, follow_parent, read_reports, why_left_out, write_report
 
 # %% ../nbs/08_seeds.ipynb #a5e1965d
 METHODS: dict[str, Callable | str] = dict(cam=cam_map, ts_cam=ts_cam, trans_cam=trans_cam, att_diffu=att_diffu, ad_cam=ad_cam,
@@ -282,60 +282,74 @@ def class_maps(
     return out
 
 # %% ../nbs/08_seeds.ipynb #890fd7b9
+_MARK = b"adcam seed 1: finite"  # comment at the end of the zip file; without it (older files, other programs) contents are read
+
+def _finite(path: str | Path, seed: Seed) -> None:
+    "Refuse maps that are not numbers"
+    bad = [n for n in ("cam", "high_res") if not np.isfinite(getattr(seed, n)).all()]
+    if bad: raise ValueError(f"{path}: {' and '.join(bad)} hold NaN or infinity; look at the network's weights and at the image, then extract again")
+
+def _npz(arrays: dict) -> bytes:
+    "The file with its mark"
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    with zipfile.ZipFile(file, "a") as z: z.comment = _MARK
+    return file.getvalue()
+
 def save_seed(
     path: str | Path,  # ends in .npz; parents are made
     seed: Seed,        # maps in [0,1]
 ) -> Path:             # the file
-    "Write a seed atomically; `high_res` is stored as float16 (half of the size, steps of at most 0.0005)."
+    "Write a seed atomically; `high_res` is stored as float16 (half of the size, steps of at most 0.0005). NaN is a `ValueError`, and nothing is written."
+    _finite(path, seed)
     arrays = dict(keys=seed.keys.astype(np.int64), cam=seed.cam.astype(np.float32), high_res=seed.high_res.astype(np.float16))
-    try: return atomic_write(Path(path), lambda f: np.savez(f, **arrays))
+    try: return atomic_write(Path(path), lambda f: f.write(_npz(arrays)))
     except OSError as e:
         full = ": the disk is full; make room and run again, finished seeds are kept" if e.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)) else ""
         raise OSError(e.errno, f"cannot write {path} ({e.strerror or e}){full}") from e
 
 # %% ../nbs/08_seeds.ipynb #6b748d82
+_LARGEST = 2**34  # bytes of one array; a header may claim any size
+
+def _array(z: Any, name: str) -> np.ndarray:
+    "One array of a seed file; its header is looked at before memory is asked for"
+    with z.zip.open(f"{name}.npy") as f:
+        major = np.lib.format.read_magic(f)
+        shape, _, dtype = (np.lib.format.read_array_header_1_0 if major == (1, 0) else np.lib.format.read_array_header_2_0)(f)
+    need, held = int(np.prod([int(n) for n in shape], dtype=object)) * dtype.itemsize, z.zip.getinfo(f"{name}.npy").file_size
+    if dtype.hasobject or dtype.kind not in "iuf" or need > min(held, _LARGEST): raise ValueError(f"{name} claims {shape} of {dtype}, the file holds {held} bytes")
+    return z[name]
+
 def load_seed(
     path: str | Path,  # a file written by `save_seed`
 ) -> Seed:             # high_res as stored (float16)
-    "Read a seed. A missing file is `FileNotFoundError`; a damaged or foreign one `ValueError` naming it and the remedy."
+    "Read a seed. A missing file is `FileNotFoundError`; a damaged or foreign one, or one with NaN, `ValueError` naming it and the remedy."
     try:
-        with np.load(path, allow_pickle=False) as z: seed = Seed(*(z[n] for n in Seed._fields))
+        with np.load(path, allow_pickle=False) as z:
+            if z.zip.comment not in (b"", _MARK): raise ValueError("its end is cut")
+            seed = Seed(*(_array(z, n) for n in Seed._fields))
     except FileNotFoundError: raise
-    except (OSError, ValueError, KeyError, EOFError, AttributeError, zipfile.BadZipFile) as e:
+    except Exception as e:  # a damaged zip file can fail in any way, down to its decompressors
         raise ValueError(f"{path} is not a readable seed file ({e}); delete it and extract again, extract_dataset redoes it by itself") from e
     n = len(seed.keys)
     if not (seed.cam.ndim == seed.high_res.ndim == 3 and len(seed.cam) == len(seed.high_res) == n):
         raise ValueError(f"{path}: {n} keys, but cam {seed.cam.shape} and high_res {seed.high_res.shape}; delete it and extract again")
+    _finite(path, seed)
     return seed
 
-# %% ../nbs/08_seeds.ipynb #9548e3cd
-def model_fingerprint(
-    model: nn.Module,  # any network
-) -> str:              # sha256, 64 hex digits
-    "Names and values of all parameters and buffers, independent of the device."
-    h = hashlib.sha256()
-    for name, t in sorted(model.state_dict().items()):
-        h.update(f"{name} {tuple(t.shape)} {t.dtype}".encode())
-        h.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() if t.ndim else str(t.item()).encode())
-    return h.hexdigest()
-
-# %% ../nbs/08_seeds.ipynb #9987ee77
-def _difference(old: dict, new: dict) -> str:
-    "What differs between two settings, in words"
-    return "; ".join(f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k))
-
-def _guard(out_dir: Path, settings: dict, force: bool) -> None:
-    "Write settings.json, or compare with the one that is there; `force` drops seeds made with other settings"
-    path, settings, began = out_dir / "settings.json", json.loads(json.dumps(settings)), time.time()
-    if path.exists():
-        try: old = json.loads(path.read_text())
-        except ValueError: old = {"settings.json": "unreadable"}
-        if old != settings:
-            if not force: raise ValueError(f"{out_dir} holds seeds made with other settings ({_difference(old, settings)}); choose another folder, or pass force=True to replace them")
-            for f in out_dir.glob("*.npz"):
-                with contextlib.suppress(FileNotFoundError):         # another process does the same
-                    if f.stat().st_mtime < began: f.unlink()         # what it has written since is new
-    atomic_write(path, lambda f: f.write(json.dumps(settings, indent=1).encode()))
+# %% ../nbs/08_seeds.ipynb #3c8f1fb4
+def check_seed(
+    path: str | Path,  # a seed file
+) -> None:
+    "Is the file whole and finite? By its last bytes, or, without our mark there, by reading it. `FileNotFoundError`, or `ValueError` as `load_seed` raises it."
+    with open(path, "rb") as f:
+        size = f.seek(0, os.SEEK_END)
+        f.seek(max(0, size - 22 - len(_MARK)))
+        end = f.read()
+    if end[-len(_MARK):] == _MARK and end[:4] == b"PK\5\6":
+        length, start = (int.from_bytes(end[i:i + 4], "little") for i in (12, 16))  # of the table of contents
+        if start + length + len(end) == size: return
+    load_seed(path)
 
 # %% ../nbs/08_seeds.ipynb #3d9b8c6e
 class Done(NamedTuple):
@@ -343,34 +357,30 @@ class Done(NamedTuple):
     id: str
     skipped: str | None = None  # why there is no seed
     unlabeled: bool = False     # no class, so no seed
+    zero: bool = False          # the maps are zero everywhere
 
 # %% ../nbs/08_seeds.ipynb #7f550357
-def _follow_parent() -> None:
-    "In a worker process: end when the parent is gone (killed, say), instead of waiting for work for ever"
-    parent = multiprocessing.parent_process()
-    if parent is not None: threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
 _work: dict = {}  # what a worker process was started with
 
 def _start(model: nn.Module, ds: Any, out_dir: Path, options: dict, threads: int) -> None:
     "Start of a process: a fixed number of threads, because sums in another order differ in the last bit"
-    _follow_parent()
+    follow_parent()
     torch.set_num_threads(threads)
     _work.update(model=model, ds=ds, out_dir=out_dir, options=options)
 
 # %% ../nbs/08_seeds.ipynb #60778048
 def _extract_one(i: int) -> Done:
     "Make and write the seed of image `i` of the data set"
-    name, model = _work["ds"].ids[i], _work["model"]
+    name, model, ds = _work["ds"].ids[i], _work["model"], _work["ds"]
     try:
-        s = _work["ds"][i]
-        if not np.asarray(s.label).any(): return Done(name, unlabeled=True)
-        positive_classes(s.label, model.num_classes, name)
-    except (ValueError, OSError) as e: return Done(name, skipped=str(e))
-    try: seed = extract(model, s.image, s.label, others=_work["ds"], name=name, **_work["options"])
-    except ValueError as e: raise ValueError(f"image {name}: {e}") from e
+        label = label_of(ds, i)
+        if not np.asarray(label).any(): return Done(name, unlabeled=True)
+        positive_classes(label, model.num_classes, name)
+        seed = extract(model, image_of(ds, i), label, others=ds, name=name, **_work["options"])
+        _finite(f"image {name}", seed)
+    except (ValueError, OSError, MemoryError) as e: return Done(name, skipped=why_left_out(e))
     save_seed(_work["out_dir"] / f"{name}.npz", seed)
-    return Done(name)
+    return Done(name, zero=not seed.cam.any())
 
 # %% ../nbs/08_seeds.ipynb #56617d9f
 def _todo(ds: Any, out_dir: Path, shard: tuple[int, int]) -> list[int]:
@@ -379,13 +389,22 @@ def _todo(ds: Any, out_dir: Path, shard: tuple[int, int]) -> list[int]:
     for i in range(shard[0], len(ds), shard[1]):
         path = out_dir / f"{ds.ids[i]}.npz"
         if not path.exists(): todo.append(i); continue
-        try: load_seed(path)
+        try: check_seed(path)
         except ValueError as e:
             print(f"redone: {e}")
             todo.append(i)
     return todo
 
 # %% ../nbs/08_seeds.ipynb #37f5bf5d
+def _in_turn(submit: Callable, jobs: Any, ahead: int):
+    "Results of submitted jobs as they come; only `ahead` jobs are waiting at any time, however many there are"
+    jobs, waiting = iter(jobs), set()
+    while True:
+        waiting |= {submit(j) for j in islice(jobs, ahead - len(waiting))}
+        if not waiting: return
+        done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+        for job in done: yield job.result()
+
 def _results(todo: list[int], processes: int, start: tuple):
     "What became of each image, as they come; an error in any process is raised here"
     if processes == 1:
@@ -395,11 +414,8 @@ def _results(todo: list[int], processes: int, start: tuple):
             for i in todo: yield _extract_one(i)
         finally: torch.set_num_threads(threads); _work.clear()
         return
-    with ProcessPoolExecutor(processes, mp.get_context("spawn"), initializer=_start, initargs=start) as pool:
-        try:
-            for job in as_completed([pool.submit(_extract_one, i) for i in todo]): yield job.result()
-        except BrokenProcessPool as e:
-            raise RuntimeError("a worker process was killed (often: out of memory; try fewer processes). Finished seeds are kept: run again to make the rest") from e
+    with dead_workers_in_words("Finished seeds are kept: run again to make the rest"), ProcessPoolExecutor(processes, mp.get_context("spawn"), initializer=_start, initargs=start) as pool:
+        try: yield from _in_turn(lambda i: pool.submit(_extract_one, i), todo, 8 * processes)
         except BaseException: pool.shutdown(cancel_futures=True); raise
 
 # %% ../nbs/08_seeds.ipynb #994622e3
@@ -410,13 +426,6 @@ def launched() -> tuple[int, int]:  # (rank, number of processes); (0, 1) if not
     if not 0 <= rank < count: raise ValueError(f"RANK={rank} must be at least 0 and below WORLD_SIZE={count}; unset both, or start by torchrun or accelerate launch")
     return rank, count
 
-# %% ../nbs/08_seeds.ipynb #3e3fac6d
-def _report(out_dir: Path, shard: tuple[int, int], skipped: list, unlabeled: list) -> None:
-    "Write `skipped-<rank>-of-<count>.json`, or remove it if there is nothing to say"
-    path = out_dir / f"skipped-{shard[0]}-of-{shard[1]}.json"
-    if not skipped and not unlabeled: path.unlink(missing_ok=True); return
-    atomic_write(path, lambda f: f.write(json.dumps(dict(skipped=skipped, unlabeled=unlabeled), indent=1, ensure_ascii=False).encode()))
-
 # %% ../nbs/08_seeds.ipynb #e5fdda89
 def _check_run(model: nn.Module, ds: Any, processes: int, threads: int, shard: tuple[int, int], precision: str) -> None:
     "Refuse settings that would fail for every image"
@@ -424,6 +433,22 @@ def _check_run(model: nn.Module, ds: Any, processes: int, threads: int, shard: t
     if not 0 <= shard[0] < shard[1]: raise ValueError(f"shard is (rank, count) with 0 <= rank < count, got {shard}")
     if len(ds.classes) != model.num_classes: raise ValueError(f"the data set has {len(ds.classes)} classes, the network {model.num_classes}; load weights that were trained on this data set")
     _autocast(precision, torch.device("cpu"))
+    bad = [n for n, t in model.state_dict().items() if t.is_floating_point() and not t.isfinite().all()]
+    if bad: raise ValueError(f"the network's weights hold NaN or infinity, in {', '.join(bad[:3])}; load another file, or train again with a lower rate")
+
+# %% ../nbs/08_seeds.ipynb #6a838b07
+def _extract_all(model: nn.Module, ds: Any, out_dir: Path, extraction: dict, method: str, processes: int, threads: int, shard: tuple[int, int], progress: bool) -> dict:
+    "Everything that is missing of one share, in a folder that is ours"
+    todo, mine = _todo(ds, out_dir, shard), len(range(shard[0], len(ds), shard[1]))
+    account = Account(there=mine - len(todo))
+    title = f"seeds {method}" + (f" {shard[0] + 1}/{shard[1]}" if shard[1] > 1 else "")
+    with tqdm(total=mine, initial=account.there, desc=title, unit="image", disable=not progress) as bar:
+        for d in _results(todo, min(processes, len(todo)) or 1, (model, ds, out_dir, extraction, threads)):
+            account.add(d.id, d.skipped, d.unlabeled, d.id if d.zero else None); bar.update()
+    account.check()
+    if account.notes: warnings.warn(f"{len(account.notes)} of {account.computed} seeds are zero everywhere, first {min(account.notes)}: the network sees nothing of their classes")
+    write_report(out_dir, shard, sorted(account.skipped), sorted(account.unlabeled))
+    return dict(computed=account.computed, cached=account.there, skipped=sorted(account.skipped), unlabeled=sorted(account.unlabeled))
 
 # %% ../nbs/08_seeds.ipynb #380e483a
 def extract_dataset(
@@ -443,21 +468,15 @@ def extract_dataset(
     progress: bool = True,              # show a bar
     **options,                          # options of the method
 ) -> dict:                              # computed, cached: how many images; skipped: [(id, reason)]; unlabeled: [id]
-    "Seeds of a whole data set, resumable. Images that cannot be read are skipped and reported. Scripts that ask for several processes need the usual `if __name__ == '__main__':`."
+    "Seeds of a whole data set, resumable. Images that cannot be read or worked on are skipped and reported; if none can, that is a `ValueError`. Scripts that ask for several processes need the usual `if __name__ == '__main__':`."
     resolve(method, options)
     shard = launched() if shard is None else shard
     _check_run(model, ds, processes, threads, shard, precision)
     out_dir, extraction = Path(out_dir), dict(method=method, scales=tuple(scales), flip=flip, size_mode=_mode(size_mode), **options)
     if precision != "fp32": extraction["precision"] = precision
-    _guard(out_dir, extraction | dict(data=ds.fingerprint(), network=model_fingerprint(model)), force)
-    todo = _todo(ds, out_dir, shard)
-    there, done = len(range(shard[0], len(ds), shard[1])) - len(todo), []
-    title = f"seeds {method}" + (f" {shard[0] + 1}/{shard[1]}" if shard[1] > 1 else "")
-    with tqdm(total=len(todo) + there, initial=there, desc=title, unit="image", disable=not progress) as bar:
-        for d in _results(todo, min(processes, len(todo)) or 1, (model.eval(), ds, out_dir, extraction, threads)): done.append(d); bar.update()
-    skipped, unlabeled = sorted((d.id, d.skipped) for d in done if d.skipped), sorted(d.id for d in done if d.unlabeled)
-    _report(out_dir, shard, skipped, unlabeled)
-    return dict(computed=len(done) - len(skipped) - len(unlabeled), cached=there, skipped=skipped, unlabeled=unlabeled)
+    settings = extraction | dict(data=ds.fingerprint(), network=model_fingerprint(model))
+    with claimed(out_dir, settings, "*.npz", shard=shard, force=force, what="seeds"):
+        return _extract_all(model.eval(), ds, out_dir, extraction, method, processes, threads, shard, progress)
 
 # %% ../nbs/08_seeds.ipynb #7aec3608
 def check_seeds(
@@ -465,17 +484,16 @@ def check_seeds(
     ds: Any,             # the data set
 ) -> dict:               # there: number; missing, unlabeled, foreign: ids; damaged, skipped: [(id, reason)]; complete: bool
     "The account of a folder of seeds. Complete: each image has one readable seed, or carries no label; nothing was skipped."
-    folder, skipped, unlabeled, damaged = Path(folder), {}, set(), []
-    for path in sorted(folder.glob("skipped-*-of-*.json")):
-        told = json.loads(path.read_text())
-        skipped.update(told["skipped"]); unlabeled.update(told["unlabeled"])
+    folder, damaged = Path(folder), []
+    skipped, unlabeled = read_reports(folder)
     files = {p.stem for p in folder.glob("*.npz")}
-    for name in files & set(ds.ids):
-        try: load_seed(folder / f"{name}.npz")
+    mine = set(ds.ids)
+    for name in files & mine:
+        try: check_seed(folder / f"{name}.npz")
         except ValueError as e: damaged.append((name, str(e)))
     lost = [i for i in ds.ids if i not in files]
-    out = dict(there=len(files & set(ds.ids)) - len(damaged), missing=[i for i in lost if i not in skipped and i not in unlabeled], damaged=sorted(damaged),
-               skipped=[(i, skipped[i]) for i in lost if i in skipped], unlabeled=[i for i in lost if i in unlabeled and i not in skipped], foreign=sorted(files - set(ds.ids)))
+    out = dict(there=len(files & mine) - len(damaged), missing=[i for i in lost if i not in skipped and i not in unlabeled], damaged=sorted(damaged),
+               skipped=[(i, skipped[i]) for i in lost if i in skipped], unlabeled=[i for i in lost if i in unlabeled and i not in skipped], foreign=sorted(files - mine))
     return out | dict(complete=not (out["missing"] or out["damaged"] or out["skipped"]))
 
 # %% ../nbs/08_seeds.ipynb #2a5619bd

@@ -17,19 +17,21 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 from .classifier import _train_mode, _whole_batch, _write_run, save_weights
 from .crf import DEEPLAB, dense_crf, unary_from_logits
-from .data import read_mask
+from .data import Skipped, image_of, mask_of, read_mask
 from .deeplab import poly_rate, segmentation_loss
+from .devices import PRECISIONS, memory_for, numerics, precision as computed_in
 from .evaluation import confusion, scores
-from .irnet import MAX_SIDE, _folder_settings, _make_folder, save_mask
-from .scenes import atomic_write
-from .seeds import model_fingerprint
+from .irnet import MAX_SIDE, _label_source, _make_folder, save_mask
+from .scenes import Sample
+from .training import arithmetic, device_of, make_accelerator, model_fingerprint, origin, precision_name
+from .files import atomic_write, difference, one_at_a_time, why_left_out
 
 # %% ../nbs/12b_segment.ipynb #85e3e0e5
 def training_view(
@@ -119,7 +121,7 @@ class SegConfig:
     momentum: float = .9              # of SGD
     balanced: bool = False            # balanced cross-entropy: mean over background pixels plus mean over object pixels
     freeze_bn: bool|None = None       # keep BatchNorm statistics; None: as the network says
-    mixed_precision: str = "no"       # "bf16", or "fp16" on a GPU
+    mixed_precision: str = "fp32"     # "fp32", "tf32", "bf16", or "fp16" on a GPU
     check: int = 500                  # iterations between checkpoints, validations and lines of the log
     patience: int|None = None         # stop after so many iterations in a row that predict only background; None: a tenth of all, at least 50
     seed: int = 0                     # of order, views and dropout
@@ -148,8 +150,7 @@ def _check_config(c, processes=1):
     for name in ("warmup", "weight_decay", "momentum", "seed", "workers"): need(getattr(c, name) >= 0, name, "at least 0")
     need(c.scales and min(c.scales) > 0, "scales", "one or more factors above 0")
     need(c.optimizer in ("sgd", "adamw"), "optimizer", "'sgd' or 'adamw'")
-    need(c.mixed_precision in ("no", "bf16", "fp16"), "mixed_precision", "'no', 'bf16' or 'fp16'")
-    need(c.mixed_precision != "fp16" or torch.cuda.is_available(), "mixed_precision", "'no' or 'bf16' on this machine: fp16 needs a GPU")
+    need(precision_name(c.mixed_precision) in PRECISIONS, "mixed_precision", f"one of {', '.join(PRECISIONS)}")
     need(c.batch % _parts(c, processes) == 0, "batch", f"a multiple of {_parts(c, processes)}: accumulate is {c.accumulate}, and there are {processes} processes")
     need(c.patience is None or c.patience >= 1, "patience", "at least 1, or None")
 
@@ -186,6 +187,10 @@ class Stream(Sampler):
             yield [self._place(p) for p in range(first, first + self.share)]
 
 # %% ../nbs/12b_segment.ipynb #382da7d1
+def _pictured(ds, i, masks):
+    "Item i as the masks need it: a function may ask for anything, a folder only for the image"
+    return ds[i] if callable(masks) else Sample(ds.ids[i], image_of(ds, i), None, None)
+
 class SegViews(Dataset):
     "Views of images and masks; the view of (epoch, index) depends on these and the seed alone"
     def __init__(self,
@@ -203,7 +208,7 @@ class SegViews(Dataset):
 
     def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, Tensor]:
         (epoch, i), c = place, self.config
-        s = self.ds[self.indices[i]]
+        s = _pictured(self.ds, self.indices[i], self.masks)
         rng = np.random.default_rng((c.seed, 1, epoch, self.indices[i]))
         return training_view(s.image, load_mask(self.masks, s, self.num_classes), c.crop, c.scales, rng, self.preprocess, self.pad_value)
 
@@ -258,12 +263,13 @@ def _guard(history, c, share):
                      f"start from pre-trained weights, and look at the masks (objects are {100*share:.1f} % of their pixels); patience={2*patience} waits longer")
 
 # %% ../nbs/12b_segment.ipynb #f07a2a1d
-def _settings(net, ds, masks, c, processes):
+def _settings(net, ds, masks, c, acc):
     "What must be the same for a run to be continued"
-    same = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(c).items() if k != "workers"}
-    source = getattr(masks, "__name__", type(masks).__name__) if callable(masks) else _folder_settings(masks)
+    same = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(c).items() if k not in ("workers", "mixed_precision")}
     size = sum(p.numel() for p in net.parameters())
-    return same | dict(data=ds.fingerprint(), masks=source, network=type(net).__name__, parameters=size, num_classes=net.num_classes, parts=_parts(c, processes))
+    code = sorted({m for m in ("adcam.segment", "adcam.data", type(net).__module__) if m.startswith("adcam.")})
+    return same | dict(data=ds.fingerprint(), masks=_label_source(masks), network=type(net).__name__, parameters=size, num_classes=net.num_classes,
+                       parts=_parts(c, acc.num_processes), **origin(net, acc.device, precision_name(c.mixed_precision), *code))
 
 # %% ../nbs/12b_segment.ipynb #04eefe86
 RUN_FILES = ("last.pt", "best.safetensors", "weights.safetensors", "log.jsonl", "settings.json")
@@ -276,7 +282,7 @@ def _open_run(out, settings, resume):
     if not (out/"last.pt").exists() and not (out/"weights.safetensors").exists(): return False
     old = json.loads((out/"settings.json").read_text()) if (out/"settings.json").exists() else {}
     done = (out/"weights.safetensors").exists()
-    odd = "; ".join(f"{k}: {old.get(k)!r} there, {settings.get(k)!r} now" for k in sorted(old.keys() | settings.keys()) if old.get(k) != settings.get(k))
+    odd = difference(old, settings)
     if odd: raise ValueError(f"{out} holds a {'finished' if done else 'begun'} run with other settings ({odd}); choose another folder, or pass force=True to replace it")
     if done and not (resume and (out/"last.pt").exists()): raise ValueError(f"{out} holds a finished run; choose another folder, or pass force=True to replace it")
     return resume and (out/"last.pt").exists()
@@ -324,13 +330,15 @@ class _Curves:
 def predict_logits(
     net: nn.Module,     # segmentation network in eval mode
     image: np.ndarray,  # (H,W,3) uint8, any size up to 4000 per side
-) -> Tensor:            # (C,h,w) float32 on the CPU, at the network's stride
+    on_device: bool = False,  # leave the answer where the network is
+) -> Tensor:            # (C,h,w) float32 at the network's stride, on the CPU if not wanted otherwise
     "The network's answer to a whole image. Raises `ValueError` for a network in training mode, a picture that is none, and logits that are no numbers."
     if net.training: raise ValueError("the network is in training mode; call net.eval() first")
     if not isinstance(image, np.ndarray) or image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8: raise ValueError(f"image is {getattr(image, 'dtype', type(image).__name__)} {np.shape(image)}; give uint8 (H,W,3)")
     if max(image.shape) > MAX_SIDE: raise ValueError(f"the image is {image.shape[0]}x{image.shape[1]} pixels; up to {MAX_SIDE} per side are done in one piece: shrink it first")
     x = net.preprocess(image)[None].to(next(net.parameters()).device)                      # (1,3,H,W)
-    z = net(x)[0].float().cpu()                                                            # (C,h,w)
+    z = net(x)[0].float()                                                                  # (C,h,w)
+    if not on_device: z = z.cpu()
     if not z.isfinite().all(): raise ValueError("the logits hold NaN or infinity: look at the weights (did their training end well?)")
     return z
 
@@ -356,9 +364,9 @@ def confusions(
     for i in tqdm(range(len(ds)) if indices is None else indices, desc="predict", unit="image", disable=not progress):
         s = ds[i]
         if s.mask is None: raise ValueError(f"image {s.id} has no mask to compare with; predict it to a file instead (predict_dataset)")
-        z = enlarge(predict_logits(net, s.image), s.image.shape[:2])                       # (C,H,W)
+        z = enlarge(predict_logits(net, s.image, on_device=True), s.image.shape[:2])       # (C,H,W)
         for with_crf in crf:
-            labels = (refine(z, s.image, **options) if with_crf else z).argmax(0).numpy()  # (H,W)
+            labels = (refine(z, s.image, **options) if with_crf else z).argmax(0).cpu().numpy()  # (H,W)
             total[with_crf] += confusion(labels, s.mask, net.num_classes - 1)
     return total
 
@@ -389,8 +397,6 @@ def _check_network(net, ds):
     if net.num_classes != len(ds.classes) + 1: raise ValueError(f"the network has {net.num_classes} classes, the data {len(ds.classes)} and the background; build it with num_classes={len(ds.classes) + 1}")
 
 # %% ../nbs/12b_segment.ipynb #51facec0
-def _accelerator(c): return Accelerator(mixed_precision=c.mixed_precision, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
-
 def _begin(net, c):
     "Training mode, with BatchNorm as the settings or the network want it"
     model = getattr(net, "module", net)                                                       # inside of DDP
@@ -410,6 +416,7 @@ def _loop(acc, net, optimizer, loader, run, c, val, out, share, bar, curves):
         _begin(net, c)
 
 # %% ../nbs/12b_segment.ipynb #0ae0232d
+@one_at_a_time()
 def train_segmentation(
     net: nn.Module,                    # network with the contract above; it is trained in place
     ds: Any,                           # data set: `len`, `ds[i] -> Sample`, `ids`, `classes`, `fingerprint()`
@@ -420,15 +427,16 @@ def train_segmentation(
     force: bool = False,               # replace a finished run, or one with other settings
     progress: bool = True,             # show a bar
     val: Any = None,                   # data set with masks: mIoU at every check, and best.safetensors
-    accelerator: Accelerator|None = None,  # for a device or a launcher of your own
+    accelerator: Accelerator|None = None,  # for a launcher of your own
+    device: str = "auto",              # where it learns, see `adcam.devices.pick_device`; the network stays there
 ) -> list[dict]:                       # a row per iteration: step, loss, objects, lr; miou where it was measured
     """Train a segmentation network on masks; it is left with its last weights, in eval mode. Several processes by `accelerate launch`.
 
     Raises `ValueError` for masks and settings that cannot work and for a network that predicts only background, `FloatingPointError` for a loss that is no number."""
     _check_config(config); _check_network(net, ds)
-    c, out, acc = config, None if out is None else Path(out), accelerator or _accelerator(config)
+    c, out, acc = config, None if out is None else Path(out), accelerator or make_accelerator(config.mixed_precision, device, find_unused=True)
     _check_config(c, acc.num_processes)
-    settings = _settings(net, ds, masks, c, acc.num_processes)
+    settings = _settings(net, ds, masks, c, acc)
     run, goes_on = dict(history=[], best=None, settings=settings), False
     if out and force and acc.is_main_process: _clear_run(out)
     acc.wait_for_everyone()
@@ -442,7 +450,8 @@ def train_segmentation(
     order = Stream(len(views), c.batch, c.seed, start, c.iterations, acc.process_index, acc.num_processes)
     loader = DataLoader(views, batch_sampler=order, num_workers=c.workers, pin_memory=acc.device.type == "cuda")
     curves = _Curves(out if acc.is_main_process else None, start)
-    with _whole_batch(model, acc, True), tqdm(total=c.iterations, initial=start, desc="segmentation", disable=not (progress and acc.is_main_process)) as bar:
+    size = f"a step of {c.batch//_parts(c, acc.num_processes)} views of {c.crop}x{c.crop}"
+    with _whole_batch(model, acc, True), arithmetic(net, c.mixed_precision, size, "batch or crop, or accumulate more parts"), tqdm(total=c.iterations, initial=start, desc="segmentation", disable=not (progress and acc.is_main_process)) as bar:
         try: _loop(acc, model, optimizer, loader, run, c, val, out, 1 - found.pixels[0]/found.pixels.sum(), bar, curves)
         finally: curves.close(); net.eval()
     return run["history"]
@@ -472,8 +481,8 @@ def probabilities(
     **options: Any,      # of `refine`
 ) -> np.ndarray:         # (C,H,W) float32, sums to 1
     "Class probabilities of every pixel: whole image, enlarged logits, softmax or CRF"
-    z = enlarge(predict_logits(net, image), image.shape[:2])                                  # (C,H,W)
-    return (refine(z, image, **options) if crf else z.softmax(0)).numpy()
+    z = enlarge(predict_logits(net, image, on_device=True), image.shape[:2])                  # (C,H,W)
+    return (refine(z, image, **options) if crf else z.softmax(0)).cpu().numpy()
 
 # %% ../nbs/12b_segment.ipynb #2fe5235a
 def predict(
@@ -488,8 +497,8 @@ def predict(
 
 # %% ../nbs/12b_segment.ipynb #c5d68f22
 def _prediction_file(path, logits, image, crf, options):
-    z = enlarge(torch.from_numpy(logits), image.shape[:2])                                    # (C,H,W)
-    save_mask(path, (refine(z, image, **options) if crf else z).argmax(0).numpy().astype(np.uint8))
+    z = enlarge(torch.as_tensor(logits), image.shape[:2])                                     # (C,H,W)
+    save_mask(path, (refine(z, image, **options) if crf else z).argmax(0).cpu().numpy().astype(np.uint8))
 
 # %% ../nbs/12b_segment.ipynb #5b363a32
 def predict_dataset(
@@ -498,23 +507,26 @@ def predict_dataset(
     out: str|Path,                 # folder for `<id>.png` and settings.json
     *,
     crf: bool = True,              # refine by the CRF
-    processes: int|None = None,    # workers for CRF and files; None takes all cores
+    precision: str = "fp32",       # of the network, one of `adcam.devices.PRECISIONS`
+    processes: int|None = None,    # workers for CRF and files on a CPU; None takes all cores. On a GPU network and CRF run there, and this process writes
     shard: tuple[int, int] = (0, 1),  # (rank, count): every count-th image, for several machines or GPUs
     force: bool = False,           # replace predictions made with other settings
     progress: bool = True,         # show a bar with the time left
     **options: Any,                # of `refine`
-) -> dict[str, int]:               # how many were computed and were there
-    "Predict a data set to palette PNGs, resumable. Scripts need the usual `if __name__ == '__main__':`."
+) -> dict:                         # computed, cached: how many were made and were there; skipped: [(id, reason)]
+    "Predict a data set to palette PNGs, resumable. An image that cannot be done is left out and named. Scripts need the usual `if __name__ == '__main__':`."
     if not len(ds): raise ValueError("there is nothing to predict: the list of images is empty; check --data, --split and the list file")
     if not 0 <= shard[0] < shard[1]: raise ValueError(f"shard is {shard}; give (rank, count) with 0 <= rank < count")
-    net, out = net.eval(), Path(out)
+    net, out, place = net.eval(), Path(out), device_of(net)
     part = _Part(ds, range(shard[0], len(ds), shard[1]))
     def prepare(i):
-        s = ds[part.indices[i]]
-        return out/f"{s.id}.png", predict_logits(net, s.image).numpy(), s.image, crf, options
-    settings = options | dict(kind="predictions", crf=crf, data=ds.fingerprint(), network=model_fingerprint(net))
-    done = _make_folder(part, out, settings, prepare, _prediction_file, processes, force, progress, "predict")
-    return dict(computed=done["computed"], cached=done["cached"])
+        image = image_of(ds, part.indices[i])
+        with computed_in(precision, place): z = predict_logits(net, image, on_device=True)
+        return out/f"{part.ids[i]}.png", z.numpy() if place.type == "cpu" else z, image, crf, options
+    settings = options | dict(kind="predictions", crf=crf, data=ds.fingerprint(), network=model_fingerprint(net), **numerics(place, precision))
+    with memory_for("one whole image", "the size of the images"):
+        done = _make_folder(part, out, settings, prepare, _prediction_file, processes, force, progress, "predict", shard, device=place)
+    return dict(computed=done["computed"], cached=done["cached"], skipped=done["skipped"])
 
 class _Part:
     "Ids of a shard"
@@ -522,17 +534,25 @@ class _Part:
     def __len__(self): return len(self.ids)
 
 # %% ../nbs/12b_segment.ipynb #d86fd92b
+def _compared(path, name, mask, K):
+    "Confusion matrix of one prediction"
+    if not path.is_file(): raise FileNotFoundError(f"no prediction {path}; run predict_dataset (adcam segment predict) on the same images")
+    if mask is None: raise ValueError(f"image {name} has no mask to compare with; score another split, or send the predictions to the test server (voc_archive)")
+    return confusion(read_mask(path, K, mask.shape), mask, K)
+
 def score_predictions(
     folder: str|Path,          # of `predict_dataset`
     ds: Any,                   # data set with masks
+    skipped: list|None = None, # where to note images that cannot be compared; None: the first one is an error
 ) -> dict:                     # of `adcam.evaluation.scores`: miou, iou (C,), f1, pixel_accuracy, ...
     "Compare predictions with masks. Raises an error that names the image for a missing or damaged file, another size, or an image without a mask."
     C, K = 0, len(ds.classes)
     for i, name in enumerate(ds.ids):
-        path, s = Path(folder)/f"{name}.png", ds[i]
-        if not path.is_file(): raise FileNotFoundError(f"no prediction {path}; run predict_dataset (adcam segment predict) on the same images")
-        if s.mask is None: raise ValueError(f"image {name} has no mask to compare with; score another split, or send the predictions to the test server (voc_archive)")
-        C = C + confusion(read_mask(path, K, s.mask.shape), s.mask, K)
+        try: C = C + _compared(Path(folder)/f"{name}.png", name, mask_of(ds, i), K)
+        except (ValueError, OSError) as e:
+            if skipped is None: raise
+            skipped.append(Skipped(name, why_left_out(e)))
+    if not np.ndim(C): raise ValueError(f"none of the {len(ds)} images can be compared. " + (f"The first, {skipped[0].id}: {skipped[0].reason}" if skipped else ""))
     return scores(C)
 
 # %% ../nbs/12b_segment.ipynb #b7faafbc

@@ -21,7 +21,8 @@ from torchvision.transforms.functional import to_pil_image
 from tqdm.auto import tqdm
 from .classifier import EpochBatches
 from .data import to_tensor
-from .scenes import atomic_write
+from .files import atomic_write, one_at_a_time
+from .training import arithmetic, make_accelerator, origin
 
 # %% ../nbs/04b_views.ipynb #d15803e0
 def _span(rng: np.random.Generator, n: int, crop: int) -> tuple[slice, slice]:
@@ -110,6 +111,12 @@ def _load(path: Path, task: nn.Module, optimizer: Any, run: dict) -> dict:
     return dict(run, epoch=state["epoch"], history=state["history"])
 
 # %% ../nbs/04b_views.ipynb #6ebfe5c2
+def _settings(task: nn.Module, views: Views, config: ViewsConfig, source: str, acc: Accelerator) -> dict:
+    "What must be the same for a run to be continued"
+    code = sorted({"adcam.views", type(task).__module__} - {"__main__"})
+    same = {k: v for k, v in asdict(config).items() if k != "workers"} | dict(task=type(task).__name__, data=views.ds.fingerprint(), maps=source, processes=acc.num_processes)
+    return json.loads(json.dumps(same | origin(task, acc.device, "fp32", *code)))
+
 def _step(acc: Accelerator, task: nn.Module, optimizer: Any, x: Tensor, target: Tensor, config: ViewsConfig) -> dict[str, float]:
     "One optimizer step; the losses, averaged over the processes"
     losses = task(x.to(acc.device), target.to(acc.device))
@@ -121,6 +128,7 @@ def _step(acc: Accelerator, task: nn.Module, optimizer: Any, x: Tensor, target: 
     return dict(zip(losses, values))
 
 # %% ../nbs/04b_views.ipynb #0f763278
+@one_at_a_time()
 def fit_views(
     task: nn.Module,               # `forward(x, target) -> losses`, `optimizer(config, total)`; what is trained is changed in place
     views: Views,                  # pictures and targets
@@ -129,22 +137,22 @@ def fit_views(
     resume: bool = True,           # continue from last.pt if there is one
     progress: bool = True,         # show a bar
     source: str = "",              # where the maps come from: a run with others is another run
-    accelerator: Accelerator | None = None,  # for a device or a launcher of your own
+    accelerator: Accelerator | None = None,  # for a launcher of your own
+    device: str = "auto",          # where it learns, see `adcam.devices.pick_device`; the network stays there
 ) -> list[dict]:                   # a row per step: step, epoch, losses
     "Train on aligned views, resumable to the last bit; several processes by `accelerate launch`"
     for name in ("epochs", "batch", "lr"):
         if not getattr(config, name) > 0: raise ValueError(f"{name} is {getattr(config, name)}; it must be above 0")
-    acc, last = accelerator or Accelerator(), None if out is None else Path(out) / "last.pt"
+    acc, last = accelerator or make_accelerator("fp32", device), None if out is None else Path(out) / "last.pt"
     order = EpochBatches(len(views), config.batch, config.seed, acc.process_index, acc.num_processes)
     loader = DataLoader(views, batch_sampler=order, num_workers=config.workers, pin_memory=acc.device.type == "cuda")
-    settings = json.loads(json.dumps(asdict(config) | dict(task=type(task).__name__, data=views.ds.fingerprint(), maps=source, processes=acc.num_processes)))
-    settings.pop("workers")
-    run, total = dict(epoch=0, history=[], settings=settings), config.epochs*len(loader)
+    run, total = dict(epoch=0, history=[], settings=_settings(task, views, config, source, acc)), config.epochs*len(loader)
     task.reduce, task.processes = lambda n: acc.reduce(n, "sum"), acc.num_processes
     optimizer = task.to(acc.device).optimizer(config, total)
     if resume and last and last.exists(): run = _load(last, task, optimizer, run)
     net = acc.prepare(task)
-    with tqdm(total=total, initial=run["epoch"]*len(loader), desc=type(task).__name__, disable=not (progress and acc.is_main_process)) as bar:
+    with (arithmetic(task, "fp32", f"a step of {order.share} views of {config.crop}x{config.crop}", "batch or crop"),
+          tqdm(total=total, initial=run["epoch"]*len(loader), desc=type(task).__name__, disable=not (progress and acc.is_main_process)) as bar):
         for epoch in range(run["epoch"], config.epochs):
             views.set_epoch(epoch); order.epoch = epoch; net.train()
             for x, target in loader:

@@ -278,7 +278,7 @@ def test_resume_is_exact(tmp_path, config):
     rows = run(whole, config)
     with pytest.raises(KeyboardInterrupt): run(net(), config, out=tmp_path, callback=stop)
     assert run(again, config, out=tmp_path)==rows and equal(again, whole)
-    with pytest.raises(ValueError, match="trained with epochs = 3, now it is 4"): run(net(), replace(config, epochs=4), out=tmp_path)
+    with pytest.raises(ValueError, match="epochs: 3 there, 4 now"): run(net(), replace(config, epochs=4), out=tmp_path)
 
 
 def test_frozen_layers_and_statistics_stay():

@@ -300,10 +300,12 @@ def test_two_processes_make_the_same_masks(made, tmp_path):
     assert {p.name: p.read_bytes() for p in (tmp_path / "1").iterdir()} == {p.name: p.read_bytes() for p in (tmp_path / "2").iterdir()}
 
 
-def test_seeds_of_another_image_stop_the_run(made, tmp_path):
+def test_a_seed_of_another_image_is_left_out_and_named(made, tmp_path):
     folder, ds = made
-    for name in ds.ids: (tmp_path / f"{name}.npz").write_bytes((folder / f"seeds/{ds.ids[1]}.npz").read_bytes())
-    with pytest.raises(ValueError, match="belongs to another image"): make_affinity_scores(ds, tmp_path, tmp_path / "out", processes=1, progress=False)
+    other = next(i for i in range(len(ds)) if (ds[0].label*(1 - ds[i].label)).any())
+    for i, name in enumerate(ds.ids): (tmp_path / f"{name}.npz").write_bytes((folder / f"seeds/{ds.ids[0 if i == other else i]}.npz").read_bytes())
+    done = make_affinity_scores(ds, tmp_path, tmp_path / "out", processes=1, progress=False)
+    assert done["computed"] == 3 and [n for n, _ in done["skipped"]] == [ds.ids[other]] and "belongs to another image" in done["skipped"][0][1]
     (tmp_path / f"{ds.ids[2]}.npz").unlink()
     with pytest.raises(FileNotFoundError, match="lacks 1 of 4 seeds"): make_affinity_masks(ds, tmp_path, small(), tmp_path / "out2", processes=1, progress=False)
 

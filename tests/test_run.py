@@ -101,7 +101,7 @@ def test_a_repeated_run_computes_what_is_missing_only(tree, finished, tmp_path):
     (copy / f"seeds/{gone}.npz").write_bytes(b"torn")
     again = run(override(profiles["voc"], TINY), f"voc:{tree[0]}", copy, limit=5, progress=False)
     notes = {r["stage"]: r["note"] for r in again.rows if "seconds" in r}
-    assert notes["classifier"] == notes["IRNet"] == "was there"
+    assert all(notes[s].startswith("was there") for s in ("classifier", "IRNet"))
     assert notes["seeds"] == "1 computed, 2 were there" and notes["IR labels"] == "0 computed, 3 were there" and notes["pseudo masks"] == "1 computed, 2 were there"
     assert [r["miou"] for r in again.rows if "miou" in r] == [r["miou"] for r in result.rows if "miou" in r]
 

@@ -175,7 +175,7 @@ def test_a_part_that_is_all_255_adds_nothing():
 # settings
 
 @pytest.mark.parametrize("change,words", [(dict(iterations=0), "iterations is 0"), (dict(batch=5), "a multiple of 2"), (dict(lr=0.), "lr is 0.0"), (dict(scales=()), "one or more factors"),
-    (dict(optimizer="adam"), "'sgd' or 'adamw'"), (dict(mixed_precision="half"), "'no', 'bf16' or 'fp16'"), (dict(crop=0), "crop is 0"), (dict(patience=0), "patience is 0"), (dict(warmup=-1), "warmup is -1")])
+    (dict(optimizer="adam"), "'sgd' or 'adamw'"), (dict(mixed_precision="half"), "one of fp32, tf32, bf16, fp16"), (dict(crop=0), "crop is 0"), (dict(patience=0), "patience is 0"), (dict(warmup=-1), "warmup is -1")])
 def test_settings_that_cannot_work(change, words):
     with pytest.raises(ValueError, match=words): train_segmentation(Net(), ds, truth, replace(QUICK, **change), progress=False)
 

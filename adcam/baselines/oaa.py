@@ -8,7 +8,7 @@ __all__ = ['RULES', 'INTEGRAL_MINI', 'attention', 'believed', 'accumulate', 'Att
            'IntegralTask', 'train_integral']
 
 # %% ../../nbs/09g_oaa.ipynb #2ffc4451
-import hashlib, io, json, warnings
+import copy, hashlib, json, warnings
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -19,8 +19,8 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor, nn
 from ..classifier import PolySGD, TrainConfig, fit
 from ..cnn import CamTask
-from ..scenes import atomic_write
-from ..seeds import Seed, positive_classes, save_seed, view
+from ..files import atomic_write
+from ..seeds import Seed, save_seed, view
 from ..views import Views, ViewsConfig, fit_views
 
 # %% ../../nbs/09g_oaa.ipynb #a62f7e16
@@ -161,7 +161,7 @@ def train_oaa(
     folder: str | Path,             # for the accumulated maps
     out: str | Path | None = None,  # folder of the training: last.pt, log.jsonl; None: a run that is killed starts again
     rule: str = "max", start_epoch: int = 1,  # see `Accumulator`
-    **options,                      # resume, progress, accelerator, accumulate: see `adcam.classifier.fit`
+    **options,                      # resume, progress, accelerator, accumulate, device: see `adcam.classifier.fit`
 ) -> list[dict]:                    # a row per step
     "Train a classifier on image labels and accumulate its class maps"
     watch, last = Accumulator(ds, folder, config.epochs, rule, start_epoch), None if out is None else Path(out)/"last.pt"
@@ -171,8 +171,8 @@ def train_oaa(
         state = torch.load(last, map_location="cpu", weights_only=True)
         if watch.done < state["epoch"] - 1:
             raise ValueError(f"{folder} has seen {watch.done} of the {state['epoch']} epochs that {last} has done; give the folder of that training, or resume=False and empty folders")
-        CamTask(model).load_state_dict(state["task"])
-        watch(model.eval(), state["epoch"], [])
+        CamTask(past := copy.deepcopy(model)).load_state_dict(state["task"])  # the training itself begins from `model` as it is
+        watch(past.eval(), state["epoch"], [])
     return fit(CamTask(model), ds, config, out=out, callback=watch, **options)
 
 # %% ../../nbs/09g_oaa.ipynb #7c49c0ab
@@ -268,7 +268,7 @@ def train_integral(
     folder: str | Path,                       # of `Accumulator`
     config: IntegralConfig = IntegralConfig(),# settings
     out: str | Path | None = None,            # folder for last.pt and log.jsonl; None writes nothing
-    **options,                                # resume, progress, accelerator: see `adcam.views.fit_views`
+    **options,                                # resume, progress, accelerator, device: see `adcam.views.fit_views`
 ) -> list[dict]:                              # a row per step
     "Train the integral model on accumulated maps; the network is left in eval mode"
     if config.crop is not None and config.crop % model.stride: raise ValueError(f"crop is {config.crop}; it must be a multiple of the stride, {model.stride}, or None")

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from ..classifier import PolySGD, save_weights
 from ..crf import PSA as CRF_OF_PSA, dense_crf, unary_from_probabilities
 from ..data import to_tensor
+from ..files import atomic_write
 from ..irnet import files_from_seeds, pair_labels, path_index, save_mask, walk_on
-from ..scenes import atomic_write
-from ..seeds import Seed, load_seed, model_fingerprint
+from ..seeds import Seed, load_seed
+from ..training import model_fingerprint
 from ..views import Views, ViewsConfig, fit_views
 
 # %% ../../nbs/11b_psa.ipynb #5ddfbb90
@@ -281,7 +282,7 @@ def make_affinity_scores(
     *,
     low: float = 4, high: float = 32,  # powers of the background, see `affinity_scores`
     **options,                   # processes, force, progress: see `adcam.irnet.files_from_seeds`
-) -> dict[str, int]:             # how many were computed, were there, and came from an empty seed
+) -> dict:                       # computed, cached, empty: how many; skipped: [(id, reason)]
     "Scores of the two CRFs of a whole data set, resumable. Scripts need the usual `if __name__ == '__main__':`."
     crf = dict(low=low, high=high)
     ask = lambda sample, seed, name: (seed, sample.image, name, crf)
@@ -294,7 +295,7 @@ def train_affinity(
     scores: str | Path | Callable,            # folder of `make_affinity_scores`, or a function Sample -> (2,n+1,H,W)
     config: AffinityConfig = AffinityConfig(),# settings
     out: str | Path | None = None,            # folder for last.pt, log.jsonl and affinity.safetensors; None writes nothing
-    **options,                                # resume, progress, accelerator: see `adcam.views.fit_views`
+    **options,                                # resume, progress, accelerator, device: see `adcam.views.fit_views`
 ) -> list[dict]:                              # a row per step: losses
     "Train on pairs of confident cells; the network is left in eval mode"
     if config.crop is None or config.crop % model.stride: raise ValueError(f"crop is {config.crop}; it must be a multiple of the stride, {model.stride}")
@@ -359,7 +360,7 @@ def make_affinity_masks(
     threshold: float = .5,        # of a class's share against the background
     alpha: float = 16, radius: int = 5, beta: float = 8, exp_times: int = 8, pairs: str = "all",  # of `psa_walk`
     **options,                    # processes, force, progress: see `adcam.irnet.files_from_seeds`
-) -> dict[str, int]:              # how many were computed, were there, and came from an empty seed
+) -> dict:                        # computed, cached, empty: how many; skipped: [(id, reason)]
     "Pseudo masks of a whole data set as palette PNGs, resumable. Scripts need the usual `if __name__ == '__main__':`."
     walk = dict(alpha=alpha, radius=radius, beta=beta, exp_times=exp_times, pairs=pairs)
     settings = dict(kind="pseudo masks", refine="psa", threshold=threshold, network=model_fingerprint(model.eval()), **walk)
