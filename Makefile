@@ -31,10 +31,10 @@ WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count() or 1, 8))')
 QUIET     := 2> >(grep -v 'over TCP without encryption' >&2)
 PAPERMILL := $(BIN)papermill -k python3 --no-progress-bar --start-timeout 180 --execution-timeout 3600
 
-.PHONY: help install figure4 table3 fig1 fig5 fig6 theorem41 table1 table2 coco photos results checkpoints bench test check readme clean
+.PHONY: help install figure4 table3 fig1 fig5 fig6 theorem41 table1 table2 coco photos voc-public results checkpoints bench bench-gpu test check readme clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z][a-z0-9]*:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z][a-z0-9-]*:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 ifneq ($(READY),)
 $(READY): pyproject.toml $(CONSTRAINTS)
@@ -96,6 +96,15 @@ photos: install ## AD-CAM from public networks on photographs with masks: make p
 	$(PAPERMILL) nbs/paper/photos.ipynb $(OUT)/photos.ipynb -f configs/photos.yaml -p data $(DATA) $(WITH) -p out_dir $(OUT) $(QUIET)
 	@$(PY) tools/show.py $(OUT) photos
 
+# COUNTS=FOLDER reads what tools/voc_measure.py has counted, perhaps on a GPU; DATA=FOLDER CNN=FILE VIT=FILE count here first
+voc-public: OUT = results/voc
+voc-public: COUNTS ?= .cache/voc/counts
+voc-public: install ## Table 3 and Figures 4 to 6 on PASCAL VOC with public networks: make voc-public DATA=FOLDER CNN=FILE VIT=FILE
+	@test -n "$(DATA)$(wildcard $(COUNTS)/*.npz)" || { echo "nothing to read: give COUNTS=FOLDER, or DATA=FOLDER CNN=FILE VIT=FILE (tools/weights/convert.py makes the files)" >&2; exit 1; }
+	test -z "$(DATA)" || $(PY) tools/voc_measure.py --data $(DATA) --cnn-weights $(CNN) --vit-weights $(VIT) --work .cache/voc --out $(COUNTS) all
+	@mkdir -p $(OUT)
+	for name in table3 fig4 fig5 fig6; do $(PAPERMILL) nbs/paper/$$name.ipynb $(OUT)/$$name.ipynb -p counts $(abspath $(COUNTS)) -p out_dir $(OUT) $(QUIET) || exit 1; $(PY) tools/show.py $(OUT) $$name; done
+
 results: figure4 table3 fig1 fig5 fig6 theorem41 table1 table2 ## every table and figure
 
 checkpoints: install ## train the three seeds anew, with and without stop-gradient (hours on a CPU)
@@ -103,7 +112,10 @@ checkpoints: install ## train the three seeds anew, with and without stop-gradie
 
 bench: install ## measure speed ratios: results/mini/bench.json, and results/bench for each tools/bench/*.py
 	$(PY) -m adcam.cli bench --out $(OUT)
-	for script in tools/bench/*.py; do OMP_NUM_THREADS=1 $(PY) $$script || exit 1; done
+	for script in $(filter-out tools/bench/gpu.py,$(wildcard tools/bench/*.py)); do OMP_NUM_THREADS=1 $(PY) $$script || exit 1; done
+
+bench-gpu: install ## speed and correctness on one GPU: results/bench/gpu.json (three minutes; ROWS=a,b takes only rows named so)
+	$(PY) tools/bench/gpu.py $(if $(ROWS),--rows "$(ROWS)")
 
 test: install ## module notebooks, then pytest, which also runs every figure notebook at smoke size
 	OMP_NUM_THREADS=1 $(BIN)nbdev_test --path nbs --skip_folder_re '^[_.]|^paper$$' --n_workers $(WORKERS) --timing

@@ -13,7 +13,7 @@ from timm.layers import DropPath
 from torch import nn, Tensor
 from torch.overrides import TorchFunctionMode
 from .cam import _blocks
-from .conformer import Maps
+from .conformer import Maps, whole_attention
 
 # %% ../nbs/06_branches.ipynb #254fa581
 def _bias(mask, q, k):
@@ -27,6 +27,7 @@ def _attend(q, k, v, mask=None, dropout=0., scale=None):
     "Output (B,heads,n,d) and head-mean attention (B,n,n); q, k, v are (B,heads,n,d)"
     scale, out, mean = q.shape[-1]**-.5 if scale is None else scale, [], 0
     bias = None if mask is None else _bias(mask, q, k)                       # (B,heads,n,n)
+    if q.is_cuda: return whole_attention(q, k, v, scale, bias, dropout)      # a GPU wants few large operations
     for h in range(q.shape[1]):
         z = scale*q[:, h] @ k[:, h].mT                                       # (B,n,n)
         if bias is not None: z = z + bias[:, h]
@@ -317,8 +318,30 @@ class _Mapping(_Reading):
         tokens, attn = read_attention(self.vit, xv, layers, reduce)          # (B,P+N,D), (B,L,1+N,1+N)
         return Maps(_to_grid(cam, self.grid(x.shape[2:])), attn, *self.heads(conv, _pooled(self.vit, tokens)[:, None]))
 
+# %% ../nbs/06_branches.ipynb #5a000d20
+class _OneBranch(_Mapping):
+    "Each network alone"
+    def class_maps(self,
+                   x:Tensor # (B,3,H,W) images, ImageNet-normalized
+                  ) -> tuple[Tensor,Tensor]: # cam (B,K,h,w) on the token grid, conv_logits (B,K); as in `maps`
+        "The CNN's part of `maps`; the transformer is not run"
+        conv = self._conv(self._inputs(x)[0])                                # (B,C,h',w')
+        cam = F.conv2d(conv, self.conv_cls_head.weight[:, :, None, None])    # (B,K,h',w')
+        return _to_grid(cam, self.grid(x.shape[2:])), self.conv_cls_head(conv.mean((2, 3)))
+
+    def branch_logits(self,
+                      x:Tensor, # (B,3,H,W) images, ImageNet-normalized
+                      branch:str # "cnn" or "vit"
+                     ) -> Tensor: # (B,K)
+        "Eq. 4 or Eq. 5 alone"
+        xc, xv = self._inputs(x)
+        if branch == "cnn": return self.conv_cls_head(self._conv(xc).mean((2, 3)))
+        if branch != "vit": raise ValueError(f"branch is {branch!r}; choose 'cnn' or 'vit'")
+        if self.trans_cls_head is None: raise ValueError(f"{self.names[1]} has no classifier; build the pair with num_classes to get a new one")
+        return self.trans_cls_head(_pooled(self.vit, self.vit.forward_features(xv)))
+
 # %% ../nbs/06_branches.ipynb #19348f89
-class _Settings(_Mapping):
+class _Settings(_OneBranch):
     "What training asks for"
     stop_grad = "input"  # as in the Conformer; here by construction: the branches share nothing
 

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'VOC_CLASSES', 'VOC_COUNTS', 'COCO_CLASSES', 'COCO_COUNTS', 'KINDS', 'to_tensor',
-           'to_image', 'rgb_pixels', 'orientation', 'upright_pixels', 'read_image', 'read_mask', 'check_png',
-           'image_size', 'check_id', 'read_list', 'class_names', 'VOCFolder', 'voc_root', 'voc2012', 'read_coco',
-           'coco_label', 'coco_mask', 'COCO2014', 'coco2014', 'Folder', 'folder', 'Subset', 'label_of', 'weak_of',
-           'image_of', 'mask_of', 'has_mask', 'labelled', 'Skipped', 'usable', 'skipped_report', 'Chosen', 'chosen',
-           'disagreements', 'check_agreement', 'open_data', 'random_resize_long', 'imagenet_normalize', 'random_flip',
-           'random_crop', 'to_chw', 'random_view', 'TrainViews']
+           'normalized', 'to_image', 'rgb_pixels', 'orientation', 'upright_pixels', 'read_image', 'read_mask',
+           'check_png', 'image_size', 'check_id', 'read_list', 'class_names', 'VOCFolder', 'voc_root', 'voc2012',
+           'read_coco', 'coco_label', 'coco_mask', 'COCO2014', 'coco2014', 'Folder', 'folder', 'Subset', 'label_of',
+           'weak_of', 'image_of', 'mask_of', 'has_mask', 'labelled', 'Skipped', 'usable', 'skipped_report', 'Chosen',
+           'chosen', 'disagreements', 'check_agreement', 'open_data', 'random_resize_long', 'imagenet_normalize',
+           'random_flip', 'random_crop', 'to_chw', 'random_view', 'random_pixels', 'TrainViews']
 
 # %% ../nbs/02_data.ipynb #1e356460
 import contextlib, csv, difflib, functools, hashlib, io, json, math, multiprocessing, os, re, struct, unicodedata, warnings
@@ -38,6 +38,24 @@ def to_tensor(image:np.ndarray # (H,W,3) uint8, RGB
         raise ValueError(f"expected an RGB image as uint8 array (H,W,3), got {got}; adcam.data.read_image makes one from a file")
     x = torch.from_numpy(image.transpose(2, 0, 1).copy())                # (3,H,W) uint8
     return (x.float().div_(255) - _MEAN).div_(_STD)                      # (3,H,W) float32
+
+# %% ../nbs/02_data.ipynb #b2707af1
+@functools.cache
+def _constants(device): return tuple(c.to(device) for c in (torch.tensor(255.), _MEAN, _STD))
+
+def _outside(box, H, W):
+    "Where is no picture? (B,1,H,W) bool"
+    top, bottom, left, right = box[:, :, None, None].unbind(1)                               # (B,1,1) each
+    y, x = torch.arange(H, device=box.device)[:, None], torch.arange(W, device=box.device)   # (H,1), (W,)
+    return ((y < top) | (y >= bottom) | (x < left) | (x >= right))[:, None]
+
+def normalized(pixels:Tensor, # (B,H,W,3) uint8 on any device
+               box:Tensor|None=None # (B,4) first row, row after the last, first column, column after the last that are picture; None: all
+              ) -> Tensor: # (B,3,H,W) float32, normalized, in channels-last memory
+    "`to_tensor` for a batch, computed where the bytes are"
+    full, mean, std = _constants(pixels.device)
+    x = (pixels.permute(0, 3, 1, 2).float().div_(full) - mean).div_(std)                     # (B,3,H,W)
+    return x if box is None else x.masked_fill_(_outside(box, *x.shape[2:]), 0)
 
 # %% ../nbs/02_data.ipynb #1fafda48
 def to_image(x:Tensor # (3,H,W) normalized
@@ -1138,12 +1156,8 @@ def to_chw(x:np.ndarray # (H,W,3) float32
     return torch.from_numpy(np.ascontiguousarray(x.transpose(2, 0, 1)))
 
 # %% ../nbs/02_data.ipynb #853534cf
-def random_view(image:np.ndarray, # (H,W,3) uint8
-                crop:int, # side of the square view
-                resize:tuple|None, # range of the long side in pixels, both ends included; None keeps the size
-                rng:np.random.Generator # source of every random draw
-               ) -> Tensor: # (3,crop,crop) normalized
-    "IRN's augmentation: random long side, flip with p = 0.5, random crop on a canvas that is zero after normalization"
+def _random_part(image, crop, resize, rng):
+    "The picture's part of a random view, (ch,cw,3) uint8, and where it is put on the canvas: (row, column)"
     H, W = image.shape[:2]
     long = int(rng.integers(resize[0], resize[1]+1)) if resize else max(H, W)
     h, w = _scaled(H, W, long)
@@ -1152,9 +1166,30 @@ def random_view(image:np.ndarray, # (H,W,3) uint8
     if flip: x = w - x - cw  # the crop is chosen on the mirrored image; find it on the plain one
     if (h, w)!=(H, W): image = np.asarray(Image.fromarray(image).resize((w, h), Image.Resampling.BICUBIC))
     part = image[y:y+ch, x:x+cw]                                   # (ch,cw,3) uint8
+    return part[:, ::-1] if flip else part, (cy, cx)
+
+def random_view(image:np.ndarray, # (H,W,3) uint8
+                crop:int, # side of the square view
+                resize:tuple|None, # range of the long side in pixels, both ends included; None keeps the size
+                rng:np.random.Generator # source of every random draw
+               ) -> Tensor: # (3,crop,crop) normalized
+    "IRN's augmentation: random long side, flip with p = 0.5, random crop on a canvas that is zero after normalization"
+    part, (y, x) = _random_part(image, crop, resize, rng)
     view = torch.zeros(3, crop, crop)
-    view[:, cy:cy+ch, cx:cx+cw] = to_tensor(part[:, ::-1] if flip else part)
+    view[:, y:y+part.shape[0], x:x+part.shape[1]] = to_tensor(part)
     return view
+
+# %% ../nbs/02_data.ipynb #6f1d01f6
+def random_pixels(image:np.ndarray, # (H,W,3) uint8
+                  crop:int, # side of the square view
+                  resize:tuple|None, # range of the long side in pixels, both ends included; None keeps the size
+                  rng:np.random.Generator # source of every random draw
+                 ) -> tuple[Tensor,Tensor]: # (crop,crop,3) uint8, and (4,) the box of the picture on it, as `normalized` wants them
+    "`random_view` before normalization"
+    part, (y, x) = _random_part(image, crop, resize, rng)
+    (h, w), pixels = part.shape[:2], torch.zeros(crop, crop, 3, dtype=torch.uint8)
+    pixels.numpy()[y:y+h, x:x+w] = part
+    return pixels, torch.tensor([y, y+h, x, x+w], dtype=torch.int32)
 
 # %% ../nbs/02_data.ipynb #6d3cb80a
 class TrainViews(Dataset):
@@ -1163,11 +1198,12 @@ class TrainViews(Dataset):
                  ds, # data set with `ds[i] -> Sample`
                  crop:int=384, # side of the square view
                  resize:tuple|None=(320, 640), # range of the long side; None keeps the size
-                 seed:int=0 # of the augmentation
+                 seed:int=0, # of the augmentation
+                 pixels:bool=False # give bytes and their box, as `normalized` wants them, instead of a normalized view
                 ):
         if crop<1: raise ValueError(f"crop is {crop}; it must be at least 1 pixel")
         if resize is not None and not 1<=resize[0]<=resize[1]: raise ValueError(f"resize is {resize}; expected (low, high) with 1 <= low <= high")
-        self.ds, self.crop, self.resize, self.seed = ds, crop, resize, seed
+        self.ds, self.crop, self.resize, self.seed, self.pixels = ds, crop, resize, seed, pixels
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared, so that living workers see set_epoch
 
     def set_epoch(self, epoch:int): self._epoch.fill_(epoch)
@@ -1175,4 +1211,5 @@ class TrainViews(Dataset):
 
     def __getitem__(self, i):
         (image, label), rng = weak_of(self.ds, i), np.random.default_rng((self.seed, int(self._epoch), i))
-        return random_view(image, self.crop, self.resize, rng), torch.from_numpy(np.asarray(label, np.float32))
+        view = (random_pixels if self.pixels else random_view)(image, self.crop, self.resize, rng)
+        return view, torch.from_numpy(np.asarray(label, np.float32))

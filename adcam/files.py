@@ -267,4 +267,6 @@ def dead_workers_in_words(
 ):
     "Turn the error of a killed worker into one line"
     try: yield
-    except BrokenProcessPool as e: raise WorkerDied(f"a worker process was killed (often: out of memory; try fewer processes). {kept}") from e
+    except RuntimeError as e:                                                            # BrokenProcessPool is one; torch's loaders raise a plain one
+        if not (isinstance(e, BrokenProcessPool) or "DataLoader worker" in str(e)): raise
+        raise WorkerDied(f"a worker process was killed (often: out of memory; try fewer processes or workers). {kept}") from e

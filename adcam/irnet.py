@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SETTINGS', 'MAX_SIDE', 'CONVERT_OFFICIAL', 'PathIndex', 'path_index', 'affinity', 'affinity_matrix',
            'chebyshev_coefficients', 'random_walk', 'walk_on', 'mask_edges', 'ResNet50Stages', 'TimmStages',
-           'ConformerStages', 'ResNetStages', 'IRNet', 'pair_labels', 'irn_loss', 'ir_label', 'IRViews', 'save_mask',
-           'IRNetConfig', 'train_irnet', 'set_mean_shift', 'load_irnet', 'edge_displacement', 'edge_map',
+           'CnnStages', 'ConformerStages', 'ResNetStages', 'IRNet', 'pair_labels', 'irn_loss', 'ir_label', 'IRViews',
+           'save_mask', 'IRNetConfig', 'train_irnet', 'set_mean_shift', 'load_irnet', 'edge_displacement', 'edge_map',
            'upsample_walk', 'walk_label', 'pseudo_mask', 'smooth_mask', 'make_ir_labels', 'make_pseudo_masks',
            'files_from_seeds', 'write_official', 'import_official']
 
@@ -353,6 +353,36 @@ class TimmStages(nn.Module):
         for i, s in enumerate(self.pools):
             if s == 2: out[i] = F.max_pool2d(out[i], 3, 2, 1)
         return out
+
+# %% ../nbs/11_irnet.ipynb #b1496f82
+class CnnStages(TimmStages):
+    "Five maps of any CNN of timm with weights from a file, for ImageNet-normalized images"
+    def __init__(self,
+                 name: str,                       # timm name
+                 weights: str|Path|None = None,   # file of the CNN's own (ImageNet) weights; None: random
+                 output_stride: int|None = 16     # of the last map; None: the network's own
+                ):
+        nn.Module.__init__(self)
+        options = {} if output_stride is None else dict(output_stride=output_stride)
+        self.net = timm.create_model(name, features_only=True, **options)
+        info = self.net.feature_info
+        if len(info) != 5: raise ValueError(f"{name} gives {len(info)} feature maps, IRNet reads 5; choose a network with five stages, such as resnet18")
+        self.channels, self.strides = tuple(info.channels()), tuple(max(4, s) for s in info.reduction())
+        self.pools = [s for s in info.reduction() if s < 4]
+        if weights: self._fill(weights, name)
+        cfg, given = timm.get_pretrained_cfg(name), ((.485, .456, .406), (.229, .224, .225))
+        (m0, s0), (m1, s1) = (torch.tensor(v)[:, :, None, None] for v in (given, (cfg.mean, cfg.std)))
+        self.register_buffer("norm", torch.stack([s0/s1, (m0 - m1)/s1]), persistent=False)   # (2,3,1,1) scale and shift
+
+    def _fill(self, path, name):
+        "Tensors of the stages out of a file of the whole network"
+        own, plain = self.net.state_dict(), lambda k: k.replace(".", "_")
+        there = {plain(k): v for k, v in _read_state(path).items()}
+        lost = [k for k in own if plain(k) not in there and not k.endswith("num_batches_tracked")]
+        if lost: raise ValueError(f"{path} holds no stages of {name}: {len(lost)} tensors are missing, e.g. {', '.join(lost[:3])}; give the file that the CNN of the pair starts from")
+        self.net.load_state_dict({k: there.get(plain(k), v) for k, v in own.items()})
+
+    def forward(self, x: Tensor) -> list[Tensor]: return super().forward(x*self.norm[0] + self.norm[1])
 
 # %% ../nbs/11_irnet.ipynb #ddb59bf0
 class ConformerStages(nn.Module):

@@ -126,6 +126,8 @@ profiles: dict[str, Profile] = {p.name: p for p in (
     Profile("voc"),
     Profile("coco", dataset="coco", num_classes=80, train_split="train2014", seed_split="train2014", test_split="val2014", choose_split="val2014",
             seg_iterations=100_000, seg_lr=2e-4, seg_batch=20),
+    Profile("voc_public", train_split="val", seed_split="val", choose_split="train_2007", test_split="train_2007",
+            network="tf_efficientnet_lite0+vit_small_patch14_dinov2", crop=392, scales=(1.0,), flip=False, thresholds=tuple(i / 100 for i in range(100))),
     Profile("mini", dataset="scenes", num_classes=10, train_split="train", seed_split="train", choose_split="val", test_split="test",
             network="conformer_mini", crop=112, resize=(112, 208), scales=(1.0,), flip=False,
             irn_crop=160, irn_scale=(0.75, 1.25), irn_batch=16, irn_epochs=12, irn_lr_edge=0.3, irn_momentum=0.9, irn_radius=5, irn_displacement=False,
@@ -595,7 +597,7 @@ def summarize(
 ) -> list[dict]:                                         # <value> and <value>_std, and how many
     "Group rows that differ only in `over` and average them"
     groups: dict = {}
-    keys = [k for k in ("group", "split", "n", "method", "k", "steps", "direction", "rule", "block") if any(k in r for r in rows)]
+    keys = [k for k in ("group", "vit", "split", "n", "blocks", "method", "k", "steps", "direction", "rule", "block") if any(k in r for r in rows)]
     for r in rows: groups.setdefault(tuple(r.get(k) for k in keys), []).append(r)
     spread = lambda v: statistics.stdev(v) if len(v) > 1 else 0.
     return [dict(zip(keys, g)) | {f"{over}s": len(rs)} | {n: statistics.fmean(r[n] for r in rs) for n in values}

@@ -15,7 +15,8 @@ from pathlib import Path
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 from torch import nn
-from .devices import check_precision, explain_oom, numerics, pick_device, tf32
+from .devices import check_precision, memory_for, numerics, pick_device, tf32
+from .files import dead_workers_in_words
 
 # %% ../nbs/03b_training.ipynb #b8a2bacd
 @contextmanager
@@ -112,14 +113,8 @@ def told(
     what: str,   # what is computed, with its size: "a step of 16 views of 384x384"
     lower: str,  # what to make smaller
 ) -> Iterator[None]:
-    "Full memory and killed workers as `ValueError` in one line; other errors pass"
-    try: yield
-    except (RuntimeError, MemoryError) as e:
-        if "DataLoader worker" in str(e):
-            raise ValueError(f"a process that prepares views was killed during {what} (often: no memory left); use fewer workers. Finished files are kept: run again to go on") from e
-        known = explain_oom(e, what, lower)
-        if known is None: raise
-        raise known from e
+    "Full memory and killed workers in one line (`OutOfMemory`, `WorkerDied`); other errors pass"
+    with dead_workers_in_words("Finished files are kept: run again to go on"), memory_for(what, lower): yield
 
 # %% ../nbs/03b_training.ipynb #2e2af2af
 @contextmanager

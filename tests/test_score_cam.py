@@ -283,4 +283,4 @@ def test_nan_names_the_picture_and_the_scale(tiny, picture):
 def test_nan_names_the_image_in_a_data_set(tmp_path):
     net, ds = resnet_mini(10).eval(), Scenes("val", 1, 48)
     with torch.no_grad(): net.classifier.weight.fill_(float("nan"))
-    with pytest.raises(ValueError, match=f"image {ds.ids[0]}: Score-CAM"): extract_dataset(net, ds, tmp_path, "score_cam", channels=2, progress=False)
+    with pytest.raises(ValueError, match=f"Score-CAM, {ds.ids[0]} at scale 1"): extract_dataset(net, ds, tmp_path, "score_cam", channels=2, progress=False)

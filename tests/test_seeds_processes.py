@@ -132,20 +132,14 @@ def test_merge_and_account(tmp_path, ds, alone):
 
 
 def test_force_by_one_process_spares_what_another_has_just_made(tmp_path, ds):
-    "Two processes with force=True: the second must not delete what the first has made since"
-    from adcam import seeds as S
-    extract_dataset(network(), ds, tmp_path, shard=(0, 2), **OPTIONS)
-    new = dict(k=8, size_mode="round")
-    fresh = tmp_path / f"{ds.ids[0]}.npz"
-    read = Path.read_text
-    def late(path, *a, **kw):  # while the second process reads the old settings, the first writes a seed
-        text = read(path, *a, **kw)
-        if path.name == "settings.json": time.sleep(.05); save_seed(fresh, load_seed(fresh))
-        return text
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(Path, "read_text", late)
-        S._guard(tmp_path, new, force=True)
-    assert [p for p in tmp_path.glob("*.npz")] == [fresh]
+    "Two ranks with force=True: the second must not delete what the first has made with the same new settings"
+    extract_dataset(network(), ds, tmp_path, shard=(0, 1), **OPTIONS)
+    new = dict(OPTIONS, k=8, force=True)
+    extract_dataset(network(), ds, tmp_path, shard=(0, 2), **new)
+    first = {p.name: p.read_bytes() for p in tmp_path.glob("*.npz")}
+    assert set(first) == {f"{i}.npz" for i in ds.ids[::2]}
+    extract_dataset(network(), ds, tmp_path, shard=(1, 2), **new)
+    assert all((tmp_path / name).read_bytes() == data for name, data in first.items())
 
 
 # ---- faults
@@ -271,10 +265,8 @@ def test_padding_has_no_influence_through_A(method, options, size_mode):
     assert (uncut[0] - uncut[1]).abs().max() > .05  # the cut matters
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_of_the_network_only(ds, precision):
-    net, s = network(), ds[0]
-    dtype = dict(bf16=torch.bfloat16, fp16=torch.float16)[precision]
+def test_half_precision_of_the_network_only(ds):
+    net, s, precision, dtype = network(), ds[0], "bf16", torch.bfloat16
     with torch.no_grad(), torch.autocast("cpu", dtype): half, mean = net.maps(to_tensor(s.image)[None]), net.maps(to_tensor(s.image)[None], reduce="mean")
     with torch.no_grad(): full = net.maps(to_tensor(s.image)[None])
     assert half.cam.dtype == dtype and half.attn.dtype == torch.float32 and mean.attn.dtype == torch.float64
@@ -288,8 +280,10 @@ def test_precision_is_a_setting(tmp_path, ds):
     run = lambda **kw: extract_dataset(network(), ds, tmp_path, shard=(0, 9), **OPTIONS, **kw)
     run()
     assert "precision" not in json.loads((tmp_path / "settings.json").read_text())  # as in folders made before there was a choice
+    run(precision="tf32")  # on a CPU that is float32
     with pytest.raises(ValueError, match="precision: None there, 'bf16' now"): run(precision="bf16")
-    with pytest.raises(ValueError, match="unknown precision 'fp8'; choose one of fp32, bf16, fp16"): run(precision="fp8")
+    with pytest.raises(ValueError, match="unknown precision 'fp8'; choose one of fp32, tf32, bf16, fp16"): run(precision="fp8")
+    with pytest.raises(ValueError, match="precision fp16 needs a GPU"): run(precision="fp16")
     with pytest.raises(ValueError, match="unknown size_mode 'pad32'"): run(size_mode="pad32")
 
 

@@ -15,6 +15,7 @@ from adcam.cnn import mini_path, resnet_mini
 from adcam.compare import Entry, seed_arrays
 from adcam.conformer import conformer_mini
 from adcam.deeplab import deeplabv2_mini, load_deeplab
+from adcam.files import WorkerDied
 from adcam.irnet import ConformerStages, IRNet, IRNetConfig, ResNet50Stages, ResNetStages, TimmStages, edge_map, save_mask, train_irnet
 from adcam.pipeline import Point, attention_quality, checkpoint_path, count, profiles
 from adcam.run import override, run
@@ -264,5 +265,5 @@ class Deadly:
 
 
 def test_a_killed_loader_process_is_one_line():
-    with pytest.raises(ValueError, match="process that prepares views was killed.*use fewer workers"):
+    with pytest.raises(WorkerDied, match="a worker process was killed"):
         train(conformer(), Deadly(), replace(CLASSIFIER, workers=1), progress=False)

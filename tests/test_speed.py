@@ -1,0 +1,277 @@
+"""What makes a GPU fast can be checked without one: how many operations a view starts, that none of them waits, and that every fast way gives the numbers of the slow one."""
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from adcam import conformer
+from adcam.cam import ad_cam, att_diffu, cam_map, checks_later, trans_cam, ts_cam
+from adcam.conformer import conformer_mini, conformer_small
+from adcam.data import TrainViews, normalized, to_tensor
+from adcam.devices import precision
+from adcam.scenes import Scenes
+from adcam.seeds import batch_maps, check_seeds, extract, extract_dataset, load_seed, view, view_maps, view_pixels, view_size
+
+
+class Operations(TorchDispatchMode):
+    "Counts operations that a GPU would have to start (no views, no empty memory), and notes those that would wait for it"
+
+    def __init__(self):
+        super().__init__()
+        self.count, self.waits = 0, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name, view_only = func.overloadpacket.__name__, any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        self.count += not view_only and not name.startswith(("empty", "new_empty", "_unsafe_view", "detach", "promote_types"))
+        if name in ("_local_scalar_dense", "is_nonzero", "nonzero", "equal") or name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1]):
+            self.waits.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(scope="module")
+def net():
+    torch.manual_seed(0)
+    return conformer_mini(10).eval()
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return Scenes("test", 4, 96)
+
+
+@torch.no_grad()
+def operations(net, side, arithmetic="fp32", method=ad_cam, **options):
+    with Operations() as seen:
+        view_maps(net, torch.randn(1, 3, side, side), [1, 2], method, precision=arithmetic, **options)
+    return seen.count
+
+
+# ---------------------------------------------------------------- how many operations
+
+def test_a_view_of_1369_tokens_starts_at_most_1200_operations():
+    net = conformer_small(20).eval()
+    net.set_whole_attention(True)
+    assert operations(net, 592) <= 1200
+
+
+@pytest.mark.parametrize("arithmetic", ["fp32", "bf16"])
+def test_the_number_of_operations_does_not_depend_on_the_size_of_the_view(arithmetic):
+    net = conformer_small(20).eval()
+    net.set_whole_attention(True)
+    small, large = (operations(net, side, arithmetic, k=10) for side in (64, 128))
+    assert small == large <= 1200
+
+
+def test_adcam_starts_at_most_half_as_many_operations_again_as_cam():
+    net = conformer_small(20).eval()
+    net.set_whole_attention(True)
+    assert operations(net, 64, k=10) <= 1.5 * operations(net, 64, method=cam_map)
+
+
+def test_attention_in_pieces_starts_many_more(net, monkeypatch):
+    monkeypatch.setattr(conformer, "_WHOLE", 1)
+    monkeypatch.setattr(conformer, "_PIECE", 3 * 145 * 10)
+    pieces = operations(net, 96)
+    net.set_whole_attention(True)
+    try:
+        assert operations(net, 96) < pieces / 2
+    finally:
+        net.set_whole_attention(None)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method, options", [(cam_map, {}), (ts_cam, {}), (trans_cam, {}), (att_diffu, {}), (ad_cam, dict(k=20)), (ad_cam, dict(k=20, mask="weight", self_="excluded")), (ad_cam, dict(k=9, renorm="per_layer", layers=2))])
+def test_nothing_in_a_batch_waits_for_the_device(net, method, options):
+    x, keys = torch.randn(2, 3, 80, 96), torch.tensor([[1, 2], [3, 3]])
+    for tokens in (None, (9, 11)):
+        with Operations() as seen:
+            batch_maps(net, x, keys, method, True, tokens, **options)
+        assert seen.waits == []
+
+
+# ---------------------------------------------------------------- the same numbers
+
+@torch.no_grad()
+@pytest.mark.parametrize("arithmetic, rtol", [("fp32", 1e-4), ("bf16", 5e-2)])
+def test_whole_attention_equals_attention_in_pieces(net, scenes, monkeypatch, arithmetic, rtol):
+    x, found = torch.stack([to_tensor(s.image) for s in scenes]), {}
+    monkeypatch.setattr(conformer, "_WHOLE", 1)
+    for whole in (False, True):
+        net.set_whole_attention(whole)
+        with precision(arithmetic):
+            found[whole] = net.maps(x)
+    net.set_whole_attention(None)
+    for name in ("cam", "attn"):
+        a, b = (getattr(found[w], name).float() for w in (False, True))
+        assert (a - b).abs().max() <= rtol * a.abs().max()
+    assert found[True].attn.dtype == torch.float32
+    torch.testing.assert_close(found[True].attn.sum(-1), torch.ones(found[True].attn.shape[:3]), rtol=0, atol=1e-5 if arithmetic == "fp32" else 5e-3)
+
+
+def test_gradients_flow_through_whole_attention(net, scenes):
+    x, grads = to_tensor(scenes[0].image)[None], {}
+    for whole in (False, True):
+        net.set_whole_attention(whole)
+        net.zero_grad()
+        net.maps(x).attn.square().sum().backward()
+        grads[whole] = net.trans_1.attn.qkv.weight.grad.clone()
+    net.set_whole_attention(None)
+    net.zero_grad()
+    assert grads[True].abs().max() > 0
+    torch.testing.assert_close(grads[True], grads[False], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("size_mode", ["round", "pad", "square", "exact"])
+@pytest.mark.parametrize("scale", [.5, 1., 1.3])
+def test_a_view_sent_as_bytes_is_the_view_bit_for_bit(scenes, size_mode, scale):
+    image = scenes[0].image[:90, :71]
+    h, w = view_size(image.shape[:2], scale, 8, size_mode)[0]
+    pixels = view_pixels(image, scale, 8, size_mode)[None]
+    assert pixels.dtype == torch.uint8
+    assert torch.equal(normalized(pixels, torch.tensor([[0, h, 0, w]])), view(image, scale, 8, size_mode))
+
+
+def test_a_training_view_sent_as_bytes_is_the_view_bit_for_bit(scenes):
+    as_floats, as_bytes = (TrainViews(scenes, 64, (48, 128), seed=3, pixels=p) for p in (False, True))
+    for epoch in (0, 1):
+        for views in (as_floats, as_bytes):
+            views.set_epoch(epoch)
+        for i in range(len(scenes)):
+            (pixels, box), label = as_bytes[i]
+            assert torch.equal(normalized(pixels[None], box[None])[0], as_floats[i][0]) and torch.equal(label, as_floats[i][1])
+
+
+class Mixed:
+    "Scenes cut to three sizes; one cannot be read, one has no label"
+    classes = Scenes("test", 1, 96).classes
+
+    def __init__(self):
+        self.base = Scenes("test", 9, 96)
+        self.ids = self.base.ids
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, i):
+        if i == 4:
+            raise ValueError("image.jpg is cut short; download it again")
+        s = self.base[i]
+        h, w = ((96, 96), (88, 96), (90, 93))[i % 3]
+        return s._replace(image=s.image[:h, :w].copy(), mask=s.mask[:h, :w].copy(), label=s.label * (i != 6))
+
+    def fingerprint(self):
+        return "mixed"
+
+
+OPTIONS = dict(scales=(1., .5), flip=True, progress=False)
+
+
+def difference(a, b, ids):
+    pairs = [(load_seed(a / f"{i}.npz"), load_seed(b / f"{i}.npz")) for i in ids]
+    assert all(np.array_equal(x.keys, y.keys) and x.high_res.shape == y.high_res.shape for x, y in pairs)
+    return max(float(np.abs(x.cam - y.cam).max()) for x, y in pairs)
+
+
+@pytest.mark.parametrize("method, options", [("cam", {}), ("ts_cam", {}), ("ad_cam", dict(k=20, clip_k=True))])
+@pytest.mark.parametrize("size_mode", ["round", "pad"])
+def test_seeds_in_batches_are_those_one_by_one(net, tmp_path, method, options, size_mode):
+    ds, said = Mixed(), {}
+    for batch in (1, 4):
+        said[batch] = extract_dataset(net, ds, tmp_path / str(batch), method, batch=batch, size_mode=size_mode, **OPTIONS, **options)
+    assert said[1] == said[4] == dict(computed=7, cached=0, skipped=[(ds.ids[4], "image.jpg is cut short; download it again")], unlabeled=[ds.ids[6]])
+    assert difference(tmp_path / "1", tmp_path / "4", [i for j, i in enumerate(ds.ids) if j not in (4, 6)]) < 2e-3
+
+
+def test_a_run_in_batches_that_was_stopped_ends_with_the_bytes_of_one_that_was_not(net, tmp_path):
+    ds = Mixed()
+    run = lambda name, **more: extract_dataset(net, ds, tmp_path / name, "ad_cam", k=20, clip_k=True, batch=3, **OPTIONS, **more)  # noqa: E731
+    run("whole"), run("stopped")
+    whole = {p.name: p.read_bytes() for p in (tmp_path / "whole").iterdir()}
+    for i in (0, 5, 8):
+        (tmp_path / "stopped" / f"{ds.ids[i]}.npz").unlink()
+    assert run("stopped", workers=1)["computed"] == 3
+    assert {p.name: p.read_bytes() for p in (tmp_path / "stopped").iterdir()} == whole
+
+
+def test_shards_in_batches_are_complete(net, tmp_path):
+    ds = Scenes("test", 5, 96)
+    for rank in (0, 1):
+        extract_dataset(net, ds, tmp_path, "cam", batch=2, shard=(rank, 2), **OPTIONS)
+    assert check_seeds(tmp_path, ds)["complete"]
+
+
+def test_an_error_in_a_batch_names_an_image(net, tmp_path):
+    with pytest.raises(ValueError, match="image test_.*k=500: a patch can keep 1 to"):
+        extract_dataset(net, Scenes("test", 2, 96), tmp_path, "ad_cam", k=500, batch=2, progress=False)
+
+
+def test_broken_attention_in_a_batch_is_named_and_its_neighbors_are_written(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    ds, net = Scenes("test", 3, 96), conformer_mini(10).eval()
+    bad, maps = ds[1].image, net.maps
+
+    def broken(x, **how):
+        out = maps(x, **how)
+        for b, picture in enumerate(x):
+            if torch.allclose(picture, to_tensor(bad)):
+                out.attn[b, :, 3, 4] = float("nan")
+        return out
+
+    monkeypatch.setattr(net, "maps", broken)
+    done = extract_dataset(net, ds, tmp_path, "ad_cam", k=20, batch=3, progress=False)
+    (name, why), = done["skipped"]
+    assert name == ds.ids[1] and "attn has values from nan" in why
+    assert (tmp_path / f"{ds.ids[0]}.npz").exists() and not (tmp_path / f"{ds.ids[1]}.npz").exists()
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_class_map_that_is_not_a_number_is_never_written(tmp_path, batch):
+    torch.manual_seed(0)
+    net = conformer_mini(10).eval()
+    with torch.no_grad():
+        net.conv_cls_head.weight[:] = float("nan")
+    with pytest.raises(ValueError, match="NaN or infin"):
+        extract_dataset(net, Scenes("test", 2, 96), tmp_path, "cam", batch=batch, progress=False)
+    assert not list(tmp_path.glob("*.npz"))
+
+
+@torch.no_grad()
+def test_checks_that_wait_find_what_checks_at_once_find(net, scenes):
+    maps = net.maps(torch.stack([to_tensor(s.image) for s in scenes]))
+    for spoil in (float("nan"), float("inf"), -1., 5.):
+        attn = maps.attn.clone()
+        attn[2, 0, 3, 4] = spoil
+        bad = maps._replace(attn=attn)
+        with pytest.raises(ValueError):
+            ad_cam(bad, k=20)
+        with checks_later() as later:
+            ad_cam(bad, k=20)
+        assert later.all_right(4, "cpu").tolist() == [True, True, False, True]
+
+
+# ---------------------------------------------------------------- bad input
+
+def test_settings_of_batches_that_cannot_work_are_refused(net, tmp_path, scenes):
+    run = lambda **more: extract_dataset(net, scenes, tmp_path, "cam", progress=False, **more)  # noqa: E731
+    with pytest.raises(ValueError, match="batch must be at least 1, got 0"):
+        run(batch=0)
+    with pytest.raises(ValueError, match="workers must be at least 0, got -1"):
+        run(batch=2, workers=-1)
+    with pytest.raises(ValueError, match="scales is empty"):
+        run(batch=2, scales=())
+    with pytest.raises(ValueError, match="precision fp16 needs a GPU"):
+        run(precision="fp16")
+    with pytest.raises(ValueError, match="precision fp16 needs a GPU"):
+        extract(net, scenes[0].image, scenes[0].label, "cam", precision="fp16")
+
+
+def test_out_of_memory_says_what_was_too_large_and_what_to_lower(tmp_path, scenes, monkeypatch):
+    torch.manual_seed(0)
+    net = conformer_mini(10).eval()
+
+    def full(x, **how):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(net, "maps", full)
+    with pytest.raises(ValueError, match=r"out of memory with 2 image\(s\) of 96x96 pixels at scales 1.0; lower batch .*, scales or processes"):
+        extract_dataset(net, Scenes("test", 2, 96), tmp_path, "cam", batch=2, progress=False)

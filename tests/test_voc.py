@@ -1,0 +1,137 @@
+"""PASCAL VOC with public networks: the way from photographs to tables, tried with drawn scenes and tiny random networks."""
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from adcam.data import VOCFolder
+from adcam.evaluation import Sweep
+from adcam.pipeline import upsample
+from adcam.scenes import write_voc
+from adcam.voc import Plan, as_plan, check_photographs, count_maps, counts_rows, load_counts, mean_average_precision, other_list, photograph_rows, plan_dict, score_counts, why_rows
+from conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("voc_measure", ROOT / "tools/voc_measure.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def measured(tool, tmp_path_factory):
+    "All steps at their smallest"
+    top = tmp_path_factory.mktemp("voc")
+    tool.main(["all", "masks", "segment", "--tiny", "--device", "cpu", "--processes", "1", "--chunk", "3", "--every", "1", "--rows", "2", "--work", str(top / "work"), "--out", str(top / "out")])
+    return top
+
+
+def log_of(top):
+    return json.loads((top / "out/log.json").read_text())["steps"]
+
+
+def test_every_step_says_its_seconds(measured):
+    steps = log_of(measured)
+    assert [s["step"] for s in steps] == ["train", "count frozen", "count 2e-5", "count 2e-4", "masks", "segment"]
+    assert all(s["seconds"] > 0 for s in steps)
+
+
+def test_a_second_run_computes_nothing_again(tool, measured):
+    before = {p: p.stat().st_mtime_ns for p in (measured / "work").rglob("*.npz")} | {p: p.stat().st_mtime_ns for p in (measured / "work").glob("*.safetensors")}
+    tool.main(["train", "count", "--tiny", "--device", "cpu", "--processes", "1", "--chunk", "3", "--work", str(measured / "work"), "--out", str(measured / "again")])
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    a, b = (np.load(measured / folder / "frozen-val.npz") for folder in ("out", "again"))
+    assert all((a[n] == b[n]).all() for n in ("tp", "pred", "gt"))
+
+
+def test_a_list_gets_the_thresholds_of_the_other(measured):
+    found = load_counts(measured / "out")
+    val, train = (next(c for c in found if (c.state, c.split) == ("frozen", s)) for s in ("val", "train"))
+    assert other_list(found, val) is train
+    of = lambda split, rule: {tuple(r[k] for k in ("seed", "blocks", "method", "k", "steps", "direction")): r["t"] for r in counts_rows([val, train]) if (r["split"], r["rule"]) == (split, rule)}
+    assert of("val", "fixed") == of("train", "oracle") and of("train", "fixed") == of("val", "oracle")
+
+
+def test_cam_is_the_same_for_all_states_of_the_vit(measured):
+    rows = [r for r in counts_rows(load_counts(measured / "out")) if (r["method"], r["split"], r["rule"], r["seed"], r["blocks"]) == ("cam", "val", "oracle", 0, "all")]
+    assert {r["vit"] for r in rows} == {"frozen", "2e-5", "2e-4"} and len({r["miou"] for r in rows}) == 1
+
+
+def test_photographs_add_up_to_their_list(measured):
+    val = load_counts(measured / "out")[0]
+    rows = [r for r in photograph_rows(val) if r["method"] == "cam" and r["blocks"] == "all"]
+    assert sum(r["gt_pixels"] for r in rows) == val.arrays["gt"][1:].sum()
+
+
+def test_attention_is_described_for_every_block_and_both_means(measured):
+    rows = [r for r in why_rows(load_counts(measured / "out")) if (r["vit"], r["split"]) == ("frozen", "val")]
+    assert [r["block"] for r in rows[-2:]] == ["all", "half"] and all(0 <= r["auc"] <= 1 for r in rows)
+
+
+def test_masks_and_predictions_are_scored(measured):
+    rows = json.loads((measured / "out/masks.json").read_text())["rows"]
+    assert {(r["row"], r["column"]) for r in rows} == {(n, c) for n in ("CAM", "AD-CAM, pull") for c in ("pseudo", "segmentation")} | {("ground truth", "segmentation")}
+
+
+def test_counting_on_the_device_is_counting_by_sweep():
+    g = torch.Generator().manual_seed(0)
+    maps, keys, edges = torch.rand(3, 2, 5, 6, generator=g), torch.tensor([1, 4]), torch.tensor([0., .2, .5, .9])
+    gt = torch.randint(0, 7, (20, 24), generator=g)
+    gt[0, :5] = 255
+    tp, pred = count_maps(maps, keys, gt, edges, most=1000)
+    for m, t, p in zip(maps, tp, pred):
+        C = Sweep(6, edges.tolist()).update(upsample(m[None], (20, 24))[0].numpy(), keys.numpy(), gt.numpy().astype(np.uint8)).confusions()
+        assert (t.T.numpy() == C[:, [0, 2, 5], [0, 2, 5]]).all() and (p.T.numpy() == C.sum(1)[:, [0, 2, 5]]).all()
+
+
+def test_perfect_counts_score_one():
+    gt = np.array([50, 30, 0])
+    full = np.repeat(gt[:, None], 2, 1)
+    s = score_counts(full, full, gt)
+    assert s["miou"].tolist() == [1, 1] and s["fp"].tolist() == [0, 0] and s["pixel_accuracy"].tolist() == [1, 1]
+
+
+def test_average_precision_of_a_perfect_order_is_one():
+    assert mean_average_precision(np.array([[2., 0.], [1., 3.], [0., 5.]]), np.array([[1, 0], [1, 1], [0, 1]])) == 1
+
+
+def test_a_plan_survives_json():
+    assert as_plan(json.loads(json.dumps(plan_dict(Plan())))) == Plan()
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    write_voc(tmp_path / "voc", splits=("val",), n=2, size=96)
+    return tmp_path / "voc"
+
+
+def test_a_folder_without_masks_is_refused_before_anything_is_computed(photographs):
+    for mask in (photographs / "SegmentationClass").glob("*.png"): mask.unlink()
+    with pytest.raises(ValueError, match="2 of 2 photographs have no mask.*seeds can be made"):
+        check_photographs(VOCFolder(photographs, "val"), Plan(ks=(5,), k=5), 16)
+
+
+def test_more_neighbors_than_tokens_are_refused_with_the_photograph(photographs):
+    with pytest.raises(ValueError, match="val_000000 has 6x6 = 36 tokens, and k goes up to 300"):
+        check_photographs(VOCFolder(photographs, "val"), Plan(), 16)
+
+
+def test_an_empty_folder_of_counts_says_how_to_make_them(tmp_path):
+    with pytest.raises(FileNotFoundError, match="voc_measure"):
+        load_counts(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["table3", "fig4", "fig5", "fig6"])
+def test_figures_are_drawn_from_counts_alone(name, measured, tmp_path):
+    env = dict(os.environ, ADCAM_CACHE=str(tmp_path / "cache"), OMP_NUM_THREADS="1")
+    run = subprocess.run([sys.executable, "-m", "papermill", "-k", "python3", "--no-progress-bar", str(ROOT / f"nbs/paper/{name}.ipynb"), str(tmp_path / "run.ipynb"), "-p", "counts", str(measured / "out"), "-p", "out_dir", str(tmp_path / "out")],
+                         capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr[-3000:]
+    body = json.loads((tmp_path / f"out/{name}.json").read_text())
+    assert body["rows"] and body["ledger"] and not list((tmp_path / "out").glob("photo_*"))
