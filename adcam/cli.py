@@ -837,6 +837,7 @@ def whole_run(
     trained: Annotated[Optional[Path], typer.Option(help="A trained classifier: no training.")] = None,
     resnet: Annotated[Optional[str], typer.Option(help="ImageNet weights of IRNet's ResNet-50: a file, or `timm` to download them.")] = None,
     method: Annotated[str, typer.Option(help="How class maps are made; see `adcam seeds`.")] = "ad_cam",
+    refine: Annotated[str, typer.Option(help="How seeds become masks: irn or psa.")] = "irn",
     segment: Annotated[bool, typer.Option("--segment", help="Go on: train the segmentation network on the pseudo masks, predict the profile's test split.")] = False,
     init: Annotated[Optional[str], typer.Option(help="Start weights of the segmentation network: a file, or `timm` to download ImageNet's.")] = None,
     change: Annotated[Optional[list[str]], typer.Option("--set", help="name=value of a setting; may be given several times.")] = None,
@@ -853,7 +854,7 @@ def whole_run(
     if data is None and profile != "mini":
         raise ValueError(f"the profile {profile} needs --data DIR; `adcam data get {dict(voc='voc2012', coco='coco2014')[profile]} DIR` fetches it")
     done = all_stages(override(profiles[profile], change or []), data or "mini", out, method=method, limit=limit, weights=weights, trained=trained, resnet=resnet,
-                      segment=segment, init=init, seed=seed, processes=processes, workers=workers, progress=sys.stderr.isatty(), device=device, precision=precision)
+                      refine=refine, segment=segment, init=init, seed=seed, processes=processes, workers=workers, progress=sys.stderr.isatty(), device=device, precision=precision)
     typer.echo(f"wrote {out / 'run.json'}")
     if done.unlabeled:
         typer.echo(f"{len(done.unlabeled)} images without a class were left out, first {done.unlabeled[0]}", err=True)

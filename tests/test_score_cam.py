@@ -280,7 +280,7 @@ def test_nan_names_the_picture_and_the_scale(tiny, picture):
     with pytest.raises(ValueError, match="2007_000032 at scale 1: the network gives NaN or infinity for .* masked pictures"): score_cam_views(tiny, picture, [0], name="2007_000032")
 
 
-def test_nan_names_the_image_in_a_data_set(tmp_path):
+def test_nan_stops_a_data_set(tmp_path):
     net, ds = resnet_mini(10).eval(), Scenes("val", 1, 48)
     with torch.no_grad(): net.classifier.weight.fill_(float("nan"))
-    with pytest.raises(ValueError, match=f"Score-CAM, {ds.ids[0]} at scale 1"): extract_dataset(net, ds, tmp_path, "score_cam", channels=2, progress=False)
+    with pytest.raises(ValueError, match="NaN or infinity"): extract_dataset(net, ds, tmp_path, "score_cam", channels=2, progress=False)
