@@ -898,7 +898,7 @@ def explain(
     typer.echo(f"wrote {out}")
 
 # %% ../nbs/14_cli.ipynb #4699f864
-def _recipe(quick: bool = False) -> dict:
+def _recipe(quick: bool = False, workers: int = 1) -> dict:
     "Settings of both steps; `quick` makes them tiny, to test the way and not the result."
     from adcam.classifier import PretrainConfig
     from adcam.pipeline import cache_dir, profiles
@@ -906,10 +906,10 @@ def _recipe(quick: bool = False) -> dict:
     from adcam.scenes import Scenes
     mini = profiles["mini"]
     tiny = dict(epochs=1, batch=2, crop=64, resize=None, workers=0) if quick else {}
-    step1 = dict(crop=mini.crop, resize=mini.resize, workers=1, epochs=7, batch=32, lr_vit=2e-3, lr_cnn=2e-3, drop_path=0., clip_norm=5.,
+    step1 = dict(crop=mini.crop, resize=mini.resize, workers=workers, epochs=7, batch=32, lr_vit=2e-3, lr_cnn=2e-3, drop_path=0., clip_norm=5.,
                  mask_ratio=.5, mask_weight=20., mask_square=2, mask_grid=4)
-    def data(split, n): return Scenes(split, 4, 64) if quick else Scenes(split, n, cache=cache_dir() / "scenes", workers=2)
-    return dict(pretrain=PretrainConfig(**step1 | tiny), train=train_config(mini, **dict(workers=1) | tiny),
+    def data(split, n): return Scenes(split, 4, 64) if quick else Scenes(split, n, cache=cache_dir() / "scenes", workers=max(2, workers))
+    return dict(pretrain=PretrainConfig(**step1 | tiny), train=train_config(mini, **dict(workers=workers) | tiny),
                 pretrain_data=data("pretrain", 12_000), train_data=data("train", 4_000))
 
 # %% ../nbs/14_cli.ipynb #bf1fa664
@@ -920,19 +920,20 @@ def _epochs(history: list) -> list:
     of = lambda e, name: round(fmean(h[name] for h in history if h["epoch"] == e), 4)
     return [dict(epoch=e + 1, **{n: of(e, n) for n in names}) for e in sorted({h["epoch"] for h in history})]
 
-def _pretrained(recipe: dict, work: Path) -> tuple:
+def _pretrained(recipe: dict, work: Path, seed: int = 0, device: str = "auto") -> tuple:
     "Step 1: the coupled network on single objects; its file of weights and its losses."
+    from dataclasses import replace
     import torch
     from adcam.classifier import pretrain, save_weights
     from adcam.conformer import conformer_mini
-    torch.manual_seed(recipe["pretrain"].seed)
-    ds = recipe["pretrain_data"]
+    torch.manual_seed(seed)
+    ds, folder = recipe["pretrain_data"], work / f"pretrain{seed or ''}"
     model = conformer_mini(len(ds.classes), stop_grad="none")
-    history = pretrain(model, ds, recipe["pretrain"], out=work / "pretrain")
-    return save_weights(model, work / "pretrained.safetensors"), _epochs(history)
+    history = pretrain(model, ds, replace(recipe["pretrain"], seed=seed), out=folder, device=device)
+    return save_weights(model, folder.with_suffix(".safetensors")), _epochs(history)
 
 # %% ../nbs/14_cli.ipynb #9da7ebab
-def _finetuned(recipe: dict, work: Path, start: Path, seed: int, stop: bool, target: Path) -> tuple:
+def _finetuned(recipe: dict, work: Path, start: Path, seed: int, stop: bool, target: Path, device: str = "auto") -> tuple:
     "Step 2 for one seed: writes `target` in half precision; a row for the log, and the losses."
     import time
     from dataclasses import replace
@@ -943,7 +944,7 @@ def _finetuned(recipe: dict, work: Path, start: Path, seed: int, stop: bool, tar
     began, ds = time.perf_counter(), recipe["train_data"]
     model = conformer_mini(len(ds.classes), stop_grad="input" if stop else "none")
     load_pretrained(model, start)
-    history = fit(model, ds, replace(recipe["train"], seed=seed), out=work / target.stem)
+    history = fit(model, ds, replace(recipe["train"], seed=seed), out=work / target.stem, device=device)
     save_weights(model, target, torch.float16)
     row = dict(file=target.name, seed=seed, stop_grad=model.stop_grad, steps=len(history), seconds=round(time.perf_counter() - began, 1))
     return row, _epochs(history)
@@ -980,6 +981,9 @@ def checkpoints(
     seed_list: Annotated[str, typer.Option("--seeds", help="Training seeds.")] = "0,1,2",
     log: Annotated[Optional[Path], typer.Option(help="Folder for checkpoints.json, the log; results/mini if not given.")] = None,
     only: Annotated[Optional[str], typer.Option(help="conformer_mini or resnet_mini; both if not given.")] = None,
+    pretrain_seeds: Annotated[str, typer.Option("--pretrain-seeds", help="Further seeds of step 1, each fine-tuned once (seed 0): the spread over pre-trainings. With --seeds '' nothing else is trained.")] = "",
+    workers: Annotated[int, typer.Option(min=0, help="Processes that prepare views.")] = 1,
+    device: Device = "auto",
     quick: Annotated[bool, typer.Option("--quick", help="Four tiny images, to try the way.")] = False,
 ) -> None:
     "Train the shipped networks anew. Hours on a CPU; a run that was stopped continues."
@@ -988,32 +992,41 @@ def checkpoints(
     if quick and (out is None or log is None or work is None):
         raise ValueError("--quick makes useless networks; name --out, --work and --log, so that nothing good is overwritten")
     out, work = out or Path(adcam.__file__).parent / "checkpoints", work or cache_dir() / "checkpoints"
-    chosen, recipe = [int(s) for s in _numbers(seed_list, "--seeds")], _recipe(quick)
+    ints = lambda text, name: [int(s) for s in _numbers(text, name)] if text else []
+    chosen, others, recipe = ints(seed_list, "--seeds"), ints(pretrain_seeds, "--pretrain-seeds"), _recipe(quick, workers)
     if only not in (None, "conformer_mini", "resnet_mini"):
         raise ValueError(f"--only is {only!r}; it is conformer_mini or resnet_mini")
     rows, curves = [], {}
-    if only != "resnet_mini":
-        start, curves["pretrained"] = _pretrained(recipe, work)
+    if only != "resnet_mini" and chosen:
+        start, curves["pretrained"] = _pretrained(recipe, work, device=device)
         for seed, stop in ((s, g) for s in chosen for g in (True, False)):
             target = out / f"mini_{'sg' if stop else 'coupled'}_seed{seed}.safetensors"
-            row, curves[target.stem] = _finetuned(recipe, work, start, seed, stop, target)
+            row, curves[target.stem] = _finetuned(recipe, work, start, seed, stop, target, device)
             rows.append(row)
             typer.echo(f"wrote {target}")
-    if only != "conformer_mini":
+    for other in others:
+        start, curves[f"pretrained{other}"] = _pretrained(recipe, work, other, device)
+        target = out / f"mini_pre{other}.safetensors"
+        row, curves[target.stem] = _finetuned(recipe, work, start, 0, True, target, device)
+        rows.append(row | dict(pretrain_seed=other))
+        typer.echo(f"wrote {target}")
+    if only != "conformer_mini" and chosen:
         more, losses = _cnn_checkpoints(recipe, work, out, chosen, quick)
         rows, curves = rows + more, curves | losses
-    typer.echo(f"wrote {_write_log(rows, curves, recipe, chosen, out, log)}")
+    typer.echo(f"wrote {_write_log(rows, curves, recipe, chosen or others, out, log, 'checkpoints' if chosen else 'pretrainings', device)}")
 
 # %% ../nbs/14_cli.ipynb #1f49584e
-def _write_log(rows: list, curves: dict, recipe: dict, chosen: list, out: Path, log: Optional[Path]) -> Path:
-    "checkpoints.json: what was trained, with which settings, on which data, and how the loss fell."
+def _write_log(rows: list, curves: dict, recipe: dict, chosen: list, out: Path, log: Optional[Path], name: str = "checkpoints", device: str = "auto") -> Path:
+    "<name>.json: what was trained, with which settings, on which data, and how the loss fell."
     from dataclasses import asdict
+    from adcam.devices import numerics, pick_device
     from adcam.pipeline import provenance, save_result
     from adcam.cnn import MINI_PRETRAIN, MINI_TRAIN
-    settings = {name: asdict(recipe[name]) for name in ("pretrain", "train")} | dict(resnet_pretrain=asdict(MINI_PRETRAIN), resnet_train=asdict(MINI_TRAIN))
-    data = {name: recipe[name].fingerprint() for name in ("pretrain_data", "train_data")}
+    settings = {step: asdict(recipe[step]) for step in ("pretrain", "train")} | dict(resnet_pretrain=asdict(MINI_PRETRAIN), resnet_train=asdict(MINI_TRAIN))
+    settings |= numerics(pick_device(device))
+    data = {split: recipe[split].fingerprint() for split in ("pretrain_data", "train_data")}
     origin = provenance(seeds=chosen, settings=settings, data=data, checkpoints=[out / r["file"] for r in rows], seconds=sum(r["seconds"] for r in rows))
-    return save_result("checkpoints", rows, log, origin, command="adcam checkpoints", losses=curves)
+    return save_result(name, rows, log, origin, command="adcam checkpoints", losses=curves)
 
 # %% ../nbs/14_cli.ipynb #b6c14806
 def _paper_notebook(name: str) -> Path:

@@ -201,7 +201,8 @@ def file_sha256(
 def git_commit(
     folder: str | Path | None = None,  # default: the project
 ) -> str:                              # 40 hex digits, with "-dirty" if tracked files (but results) differ; "unknown" outside a clone
-    "The commit the code came from"
+    "The commit the code came from; code that travels without its repository is told by the variable ADCAM_COMMIT"
+    if told := os.environ.get("ADCAM_COMMIT"): return told
     git = lambda *a: subprocess.run(["git", "-C", str(folder or project_root()), *a], capture_output=True, text=True, timeout=20)
     try:
         head = git("rev-parse", "--verify", "HEAD")
