@@ -91,8 +91,8 @@ def test_golden_psa_labels_with_crf(rules, g18, high):
     s = affinity_scores(cam, image, 4, high)
     assert (confident_labels(torch.from_numpy(s)).numpy() != g18[f"lab_crf_4_{high}"]).sum() <= 2
     if high == 24:
-        assert (s[0].argmax(0) != g18["crf_la_argmax"]).mean() < .002 and (s[1].argmax(0) != g18["crf_ha_argmax"]).mean() < .002
-        assert np.abs(s[0][:, ::4, ::4] - g18["crf_la_scores_ds4"]).mean() < .002
+        assert (s[0].argmax(0) != g18["crf_la_argmax"]).mean() < .01 and (s[1].argmax(0) != g18["crf_ha_argmax"]).mean() < .01
+        assert np.abs(s[0][:, ::4, ::4] - g18["crf_la_scores_ds4"]).mean() < .01
 
 
 def test_golden_psa_loss_and_gradients(head, features, g18, log):
