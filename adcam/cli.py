@@ -242,7 +242,8 @@ def _conformer(size: Size, classes: int, **switches):
     return getattr(conformer, f"conformer_{size.value}")(classes, **switches)
 
 def _network(size: Size, classes: int, weights: Optional[Path] = None, seed: int = 0, coupled: bool = False):
-    "The network of the options above, in evaluation mode; a file that holds ReCAM's second classifier gives that one too."
+    "The network of the options above, in evaluation mode; a file that holds ReCAM's second classifier or SEAM's head gives that one too."
+    from adcam.baselines import seam
     from adcam.baselines.recam import KEY, load_recam
     from adcam.cnn import load_cam, mini_path
     from adcam.conformer import _read, load_checkpoint
@@ -251,7 +252,9 @@ def _network(size: Size, classes: int, weights: Optional[Path] = None, seed: int
         raise ValueError(f"no weights are shipped for --network {size.value}; name a file by --weights")
     plain = size in CNNS
     path = weights or (mini_path(seed) if plain else checkpoint_path(seed, not coupled))
-    load = load_recam if any(name.endswith(KEY) for name in _read(path)) else load_cam if plain else load_checkpoint
+    names = list(_read(path))
+    own = [load for key, load in ((KEY, load_recam), (seam.KEY, seam.load_seam)) if any(n.endswith(key) for n in names)]
+    load = own[0] if own else load_cam if plain else load_checkpoint
     return load((_cnn if plain else _conformer)(size, classes), path).eval()
 
 # %% ../nbs/14_cli.ipynb #20d9d0b0
@@ -308,7 +311,7 @@ def _numbers(text: str, name: str) -> tuple:
 @app.command()
 def seeds(
     out: Annotated[Path, typer.Option(help="Folder for the seeds, one .npz per image.")],
-    method: Annotated[str, typer.Option(help="cam, ts_cam, trans_cam, att_diffu, ad_cam, recam, advcam, rib or getam.")] = "ad_cam",
+    method: Annotated[str, typer.Option(help="cam, ts_cam, trans_cam, att_diffu, ad_cam, recam, advcam, rib, getam, score_cam, pcm or seam.")] = "ad_cam",
     data: Data = "mini", split: Split = "train", n: Images = None,
     network: Network = Size.mini, weights: Weights = None, seed: TrainingSeed = 0, coupled: Coupled = False,
     k: Annotated[Optional[int], typer.Option("-k", "--k", help="Neighbors kept per token.")] = None,
@@ -870,6 +873,7 @@ def whole_run(
     trained: Annotated[Optional[Path], typer.Option(help="A trained classifier: no training.")] = None,
     resnet: Annotated[Optional[str], typer.Option(help="ImageNet weights of IRNet's ResNet-50: a file, or `timm` to download them.")] = None,
     method: Annotated[str, typer.Option(help="How class maps are made; see `adcam seeds`.")] = "ad_cam",
+    refine: Annotated[str, typer.Option(help="How seeds become masks: irn or psa.")] = "irn",
     segment: Annotated[bool, typer.Option("--segment", help="Go on: train the segmentation network on the pseudo masks, predict the profile's test split.")] = False,
     init: Annotated[Optional[str], typer.Option(help="Start weights of the segmentation network: a file, or `timm` to download ImageNet's.")] = None,
     change: Annotated[Optional[list[str]], typer.Option("--set", help="name=value of a setting; may be given several times.")] = None,
@@ -886,7 +890,7 @@ def whole_run(
     if data is None and profile != "mini":
         raise ValueError(f"the profile {profile} needs --data DIR; `adcam data get {dict(voc='voc2012', coco='coco2014')[profile]} DIR` fetches it")
     done = all_stages(override(profiles[profile], change or []), data or "mini", out, method=method, limit=limit, weights=weights, trained=trained, resnet=resnet,
-                      segment=segment, init=init, seed=seed, processes=processes, workers=workers, progress=sys.stderr.isatty(), device=device, precision=precision)
+                      refine=refine, segment=segment, init=init, seed=seed, processes=processes, workers=workers, progress=sys.stderr.isatty(), device=device, precision=precision)
     typer.echo(f"wrote {out / 'run.json'}")
     if done.unlabeled:
         typer.echo(f"{len(done.unlabeled)} images without a class were left out, first {done.unlabeled[0]}", err=True)

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'MAX_SIDE', 'CONVERT_OFFICIAL', 'PathIndex', 'path_index', 'affinity', 'affinity_matrix',
-           'chebyshev_coefficients', 'random_walk', 'mask_edges', 'ResNet50Stages', 'TimmStages', 'CnnStages',
-           'ConformerStages', 'ResNetStages', 'IRNet', 'pair_labels', 'irn_loss', 'ir_label', 'IRViews', 'save_mask',
-           'IRNetConfig', 'train_irnet', 'set_mean_shift', 'load_irnet', 'edge_displacement', 'edge_map',
+           'chebyshev_coefficients', 'random_walk', 'walk_on', 'mask_edges', 'ResNet50Stages', 'TimmStages',
+           'CnnStages', 'ConformerStages', 'ResNetStages', 'IRNet', 'pair_labels', 'irn_loss', 'ir_label', 'IRViews',
+           'save_mask', 'IRNetConfig', 'train_irnet', 'set_mean_shift', 'load_irnet', 'edge_displacement', 'edge_map',
            'upsample_walk', 'walk_label', 'pseudo_mask', 'smooth_mask', 'make_ir_labels', 'make_pseudo_masks',
-           'write_official', 'import_official']
+           'files_from_seeds', 'write_official', 'import_official']
 
 # %% ../nbs/11_irnet.ipynb #256d593e
 import functools, hashlib, io, json, math, os, warnings, zipfile
@@ -274,6 +274,21 @@ def random_walk(
     out = _walk(affinity_matrix(edge, radius, beta), (maps*(1 - edge)).reshape(-1, edge.size), 2**exp_times, method, device)
     out = out.reshape(maps.shape).astype(np.float32)
     return torch.from_numpy(out).to(cam.device) if isinstance(cam, Tensor) else out
+
+# %% ../nbs/11_irnet.ipynb #5c7e0b01
+def walk_on(
+    A: sp.dia_array,           # (N,N) float64, symmetric, non-negative, ones on the diagonal
+    x: np.ndarray,             # (C,N) maps, one per row
+    steps: int,                # at least 1
+    *,
+    method: str = "chebyshev", # or "products"
+    device: Any = None,        # where torch does the products; None: scipy on the CPU
+) -> np.ndarray:               # (C,N) float64
+    "P^steps x with P = D⁻¹A, for any affinities: one diagonal per neighbor, as `affinity_matrix` gives them"
+    if method not in ("chebyshev", "products"): raise ValueError(f"method is {method!r}; choose 'chebyshev' or 'products'")
+    if not steps >= 1: raise ValueError(f"steps is {steps}; a walk takes at least 1")
+    if x.ndim != 2 or x.shape[1] != A.shape[0]: raise ValueError(f"maps of shape {x.shape} do not fit a {A.shape[0]}x{A.shape[1]} matrix; give (C,{A.shape[0]})")
+    return _walk(A, np.asarray(x, np.float64), steps, method, device)
 
 # %% ../nbs/11_irnet.ipynb #6e4ec75c
 def mask_edges(
@@ -1057,6 +1072,48 @@ def make_pseudo_masks(
         return out/f"{sample.id}.png", seed, find(sample), sample.image if crf else None, sample.image.shape[:2], name, options | dict(device=device)
     settings = options | dict(kind="pseudo masks", crf=crf, data=ds.fingerprint(), seeds=_folder_settings(seed_dir), **source)
     return _make_folder(ds, out, settings, prepare, _mask_file, processes, force, progress, "pseudo masks", device=device)
+
+# %% ../nbs/11_irnet.ipynb #5c7e0b04
+def _whole(path, read):
+    "Is the file there and readable? A damaged one is named"
+    try: read(path)
+    except FileNotFoundError: return False
+    except ValueError as e: print(f"redone: {e}"); return False
+    return True
+
+def files_from_seeds(
+    ds: Any,                      # data set: `len`, `ds[i] -> Sample`, `ids`, `classes`, `fingerprint()`
+    seed_dir: str|Path,           # folder of `extract_dataset`
+    out: str|Path,                # folder for the files and settings.json
+    settings: dict,               # what decides the values; data and seeds are added
+    ask: Callable,                # (sample, seed, name) -> arguments of `work`, in this process
+    work: Callable,               # (path, *arguments) writes the file, in a worker; importable, so no lambda
+    read: Callable,               # path -> anything; `ValueError` if the file is damaged
+    suffix: str = ".png",         # of the files
+    *,
+    processes: int|None = None,   # worker processes; None takes all cores
+    force: bool = False,          # replace files made with other settings
+    progress: bool = True,        # show a bar
+    what: str = "files",          # for the bar
+) -> dict:                        # computed, cached, empty: how many were made, were there, came from an empty seed; skipped: [(id, reason)]
+    "One file per image, made from its seed: the common part of methods with files of their own. An image that cannot be done is left out and named."
+    out = Path(out)
+    _check_seeds(ds, seed_dir)
+    def prepare(i):
+        sample, seed, name = _seed_of(ds, i, seed_dir)
+        return out/f"{sample.id}{suffix}", *ask(sample, seed, name)
+    with claimed(out, settings | dict(data=ds.fingerprint(), seeds=_folder_settings(seed_dir)), f"*{suffix}", force=force):
+        todo = [i for i, name in enumerate(ds.ids) if not _whole(out/f"{name}{suffix}", read)]
+        account = Account(there=len(ds) - len(todo))
+        with tqdm(total=len(ds), initial=account.there, desc=what, unit="image", disable=not progress) as bar:
+            def done(result):
+                i, skipped, notes = result
+                account.add(ds.ids[i], skipped, note=notes[0] if notes else None); bar.update()
+            _all_images(todo, prepare, work, min(processes or os.cpu_count(), len(todo)) or 1, done)
+        account.check()
+        write_report(out, (0, 1), sorted(account.skipped))
+    for note in account.notes: warnings.warn(note)
+    return dict(computed=account.computed, cached=account.there, empty=len(account.notes), skipped=sorted(account.skipped))
 
 # %% ../nbs/11_irnet.ipynb #89841cb8
 def write_official(
