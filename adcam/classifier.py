@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'HEADS', 'bce_loss', 'MultiLabel', 'random_mask', 'square_colors', 'SingleLabel', 'TrainConfig',
-           'PretrainConfig', 'learning_rate', 'EpochBatches', 'PolySGD', 'fit', 'train', 'pretrain', 'freeze_backbone',
-           'Features', 'cached_features', 'HeadsConfig', 'train_heads', 'save_weights']
+           'PretrainConfig', 'learning_rate', 'EpochBatches', 'PolySGD', 'Late', 'fit', 'train', 'pretrain',
+           'freeze_backbone', 'Features', 'cached_features', 'HeadsConfig', 'train_heads', 'save_weights']
 
 # %% ../nbs/04_classifier.ipynb #d91be0e5
 import hashlib, io, json, math, warnings, zipfile
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 from .conformer import Conformer
-from .data import TrainViews, to_tensor
+from .data import TrainViews, normalized, to_tensor
 from .devices import PRECISIONS, memory_for, numerics, tf32
 from .training import arithmetic, device_of, make_accelerator, origin, precision_name
 from .files import atomic_write, difference, one_at_a_time
@@ -35,7 +35,7 @@ def bce_loss(logits:Tensor, # (B,K) one logit per class
              labels:Tensor # (B,K) 1 where the class is present, else 0
             ) -> Tensor: # scalar, mean over classes and batch
     "Eq. 1 with its brackets put in: mean of -[y log s(z) + (1-y) log(1-s(z))]"
-    if ((labels<0) | (labels>1)).any(): raise ValueError(f"labels must lie in [0,1], got values from {labels.min():g} to {labels.max():g}")
+    if not labels.is_cuda and ((labels<0) | (labels>1)).any(): raise ValueError(f"labels must lie in [0,1], got values from {labels.min():g} to {labels.max():g}")
     if logits.shape!=labels.shape: raise ValueError(f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} differ; does the network have the classes of the data set?")
     return F.binary_cross_entropy_with_logits(logits, labels)
 
@@ -331,31 +331,67 @@ def _gradients(acc, task, x, y, parts):
         for name, v in losses.items(): total[name] = total.get(name, 0) + v.detach().float()/parts
     return total
 
+# %% ../nbs/04_classifier.ipynb #5abc1463
+class Late:
+    "Numbers on their way from the device"
+    def __init__(self,
+                 values:Tensor # (n,) of a step that has been started
+                ):
+        self.values, self.event = values.detach(), None
+        if not values.is_cuda: return
+        self.values, self.event = self.values.to("cpu", non_blocking=True), torch.cuda.Event()
+        self.event.record(torch.cuda.current_stream(values.device))
+
+    def tolist(self) -> list[float]:
+        "Wait for them, if they have not come yet"
+        if self.event is not None: self.event.synchronize()
+        return self.values.tolist()
+
+def _to_device(acc, x, y):
+    "Views (B,3,crop,crop) in channels-last memory and labels (B,K) on the device; bytes are normalized there"
+    if ((y<0) | (y>1)).any(): raise ValueError(f"labels must lie in [0,1], got values from {y.min():g} to {y.max():g}")
+    y = y.to(acc.device, non_blocking=True)
+    if isinstance(x, Tensor): return x.to(acc.device, non_blocking=True, memory_format=torch.channels_last), y
+    pixels, box = (v.to(acc.device, non_blocking=True) for v in x)
+    return normalized(pixels, box), y
+
 # %% ../nbs/04_classifier.ipynb #589c0559
+def _check_losses(optimizer, c, own, names, values):
+    "A loss that is no number ends the training, in words"
+    if all(map(math.isfinite, values)): return
+    rates = ", ".join(f"{k} {v:.3g}" for k, v in (_rates(optimizer) if own else dict(lr_vit=c.lr_vit, lr_cnn=c.lr_cnn)).items())
+    raise FloatingPointError(f"the loss became {dict(zip(names, values))}; lower the learning rates ({rates}), use clip_norm=1, or check the images for NaN")
+
 def _step(acc, task, optimizer, x, y, c, parts=1, own=False):
-    "One optimizer step; returns the losses averaged over the processes"
-    x = x.to(acc.device, non_blocking=True, memory_format=torch.channels_last)
+    "One optimizer step; returns the names of the losses and their means over the processes, `Late`"
+    x, y = _to_device(acc, x, y)
     optimizer.zero_grad()
-    losses = _gradients(acc, task, x, y.to(acc.device, non_blocking=True), parts)
+    losses = _gradients(acc, task, x, y, parts)
     if c.clip_norm is not None: acc.clip_grad_norm_(task.parameters(), c.clip_norm)
-    values = acc.reduce(torch.stack(list(losses.values())), "mean").tolist()
-    if not all(map(math.isfinite, values)):
-        rates = ", ".join(f"{k} {v:.3g}" for k, v in (_rates(optimizer) if own else dict(lr_vit=c.lr_vit, lr_cnn=c.lr_cnn)).items())
-        raise FloatingPointError(f"the loss became {dict(zip(losses, values))}; lower the learning rates ({rates}), use clip_norm=1, or check the images for NaN")
+    late = Late(acc.reduce(torch.stack(list(losses.values())), "mean"))
+    if late.event is None: _check_losses(optimizer, c, own, losses, late.tolist())
     optimizer.step()
-    return dict(zip(losses, values))
+    return list(losses), late
 
 # %% ../nbs/04_classifier.ipynb #6aeebbba
 def _epoch(acc, task, optimizer, loader, run, c, bar, parts=1, own=False):
     "One pass over the data; appends a row per step to run['history']. `own`: the optimizer has its own schedule"
-    total, step = c.epochs*len(loader), run["epoch"]*len(loader)
+    total, step, waiting = c.epochs*len(loader), run["epoch"]*len(loader), []
+    def note(keep):
+        while len(waiting)>keep:
+            row, names, late, rates = waiting.pop(0)
+            values = late.tolist()
+            _check_losses(optimizer, c, own, names, values)
+            run["history"].append(dict(row, **dict(zip(names, values)), **rates))
+            bar.update()
+            bar.set_postfix(loss=f"{run['history'][-1]['loss']:.3f}")
     for x, y in loader:
         rates = {} if own else _set_rates(optimizer, step, total, c)
-        losses = _step(acc, task, optimizer, x, y, c, parts, own)
-        rates, step = rates or _rates(optimizer), step + 1
-        run["history"].append(dict(step=step, epoch=run["epoch"], **losses, **rates))
-        bar.update()
-        bar.set_postfix(loss=f"{losses['loss']:.3f}")
+        names, late = _step(acc, task, optimizer, x, y, c, parts, own)
+        step += 1
+        waiting.append((dict(step=step, epoch=run["epoch"]), names, late, rates or _rates(optimizer)))
+        note(keep=late.event is not None)
+    note(keep=0)
 
 # %% ../nbs/04_classifier.ipynb #ee8f1aef
 def _drop_rows(m, share, x):
@@ -431,7 +467,7 @@ def _accelerator(c, model, device):
 # %% ../nbs/04_classifier.ipynb #4f123910
 def _loader(acc, ds, c):
     "Views, order and loader of this process"
-    views = TrainViews(ds, c.crop, c.resize, c.seed)
+    views = TrainViews(ds, c.crop, c.resize, c.seed, pixels=acc.device.type=="cuda")
     order = EpochBatches(len(views), c.batch, c.seed, acc.process_index, acc.num_processes)
     loader = DataLoader(views, batch_sampler=order, num_workers=c.workers, persistent_workers=c.workers>0, pin_memory=acc.device.type=="cuda")
     return views, order, loader

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from .cam import ad_cam, att_diffu, cam_map, crop_maps, trans_cam, ts_cam, checks_later
-from .data import to_tensor, image_of, label_of, normalized, weak_of
+from .data import to_tensor, image_of, label_of, normalized
 from .training import device_of, model_fingerprint
-from .files import Account, atomic_write, claimed, dead_workers_in_words, difference as _difference, follow_parent, read_reports, shielded, why_left_out, write_report
-from .devices import PRECISIONS, check_precision, memory_for, numerics, precision as computing_in
+from .files import Account, WorkerDied, atomic_write, claimed, dead_workers_in_words, difference as _difference, follow_parent, read_reports, shielded, why_left_out, write_report
+from .devices import OutOfMemory, PRECISIONS, check_precision, memory_for, numerics, precision as computing_in
 
 # %% ../nbs/08_seeds.ipynb #a5e1965d
 METHODS: dict[str, Callable | str] = dict(cam=cam_map, ts_cam=ts_cam, trans_cam=trans_cam, att_diffu=att_diffu, ad_cam=ad_cam,
@@ -474,9 +474,11 @@ def _extract_one(i: int) -> Done:
         label = label_of(ds, i)
         if not np.asarray(label).any(): return Done(name, unlabeled=True)
         positive_classes(label, model.num_classes, name)
-        seed = extract(model, image_of(ds, i), label, others=ds, name=name, **_work["options"])
+        with memory_for(f"image {name}", "scales or processes"): seed = extract(model, image_of(ds, i), label, others=ds, name=name, **_work["options"])
         _finite(f"image {name}", seed)
-    except (ValueError, OSError, MemoryError) as e: return Done(name, skipped=why_left_out(e))
+    except (ValueError, OSError, MemoryError) as e:
+        if isinstance(e, OutOfMemory) and device_of(model).type == "cuda": raise  # would happen again with the next image
+        return Done(name, skipped=why_left_out(e))
     save_seed(_work["out_dir"] / f"{name}.npz", seed)
     return Done(name, zero=not seed.cam.any())
 
@@ -494,11 +496,11 @@ class _Pictures(Dataset):
         i = self.order[j]
         name = self.ds.ids[i]
         try:
-            image, label = weak_of(self.ds, i)
+            label = label_of(self.ds, i)
             if not np.asarray(label).any(): return Prepared(i, Done(name, unlabeled=True))
             keys = positive_classes(label, self.num_classes, name).tolist()
-        except (ValueError, OSError) as e: return Prepared(i, Done(name, skipped=str(e)))
-        return _prepare(i, image, keys, *self.how)
+            return _prepare(i, image_of(self.ds, i), keys, *self.how)
+        except (ValueError, OSError, MemoryError) as e: return Prepared(i, Done(name, skipped=why_left_out(e)))
 
 def _same(x): return x
 
@@ -557,7 +559,7 @@ def _hand_over(pictures: list[Prepared], wanted: set, views: list[Tensor], sound
         out.append((b, p, tuple(a.to("cpu", non_blocking=True) for a in (cam, high_res.half() if gpu else high_res))))
     sound = sound.to("cpu", non_blocking=True)
     event = torch.cuda.Event() if gpu else None
-    if gpu: event.record()
+    if gpu: event.record(torch.cuda.current_stream(views[0].device))
     return [(p.i, writer.submit(_write, p, _work["ds"].ids[p.i], arrays, sound[b], event)) for b, p, arrays in out]
 
 # %% ../nbs/08_seeds.ipynb #2ded2639
@@ -565,14 +567,19 @@ def _finished(i: int, future: Future) -> Done:
     "What became of an image that the writer has; one that was not sound is done again alone, where every step is checked and says what is wrong"
     return future.result() or _extract_one(i)
 
+def _settled(value: Any) -> Future:
+    future: Future = Future()
+    future.set_result(value)
+    return future
+
 def _extract_group(group: list[Prepared], wanted: set, writer: ThreadPoolExecutor) -> list[tuple[int, Future]]:
-    "Start the work of one batch"
+    "Start the work of one batch; if that fails its images are done one by one, which tells the good from the bad"
     o, model = dict(_work["options"]), _work["model"]
     f, scales, flip, mode, precision = _function(o.pop("method")), o.pop("scales"), o.pop("flip"), o.pop("size_mode"), o.pop("precision", "fp32")
     h, w = group[0].size
     with memory_for(f"{len(group)} image(s) of {h}x{w} pixels at scales {', '.join(map(str, scales))}", "batch (images at once), scales or processes"):
         try: views, sound = _batch_views(model, group, f, scales, flip, mode, precision, o)
-        except ValueError: return [(p.i, writer.submit(_same, None)) for p in group if p.i in wanted]  # each alone: the one at fault is named and left out
+        except ValueError: return [(p.i, _settled(None)) for p in group if p.i in wanted]
         return _hand_over(group, wanted, views, sound, model.stride if mode in ("pad", "exact") else 1, writer)
 
 # %% ../nbs/08_seeds.ipynb #74f3b900
@@ -619,12 +626,20 @@ def _in_turn(submit: Callable, jobs: Any, ahead: int):
         done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
         for job in done: yield job.result()
 
+@contextlib.contextmanager
+def _dead_loaders():
+    "The error of a killed loader process in one line"
+    try: yield
+    except RuntimeError as e:
+        if "DataLoader worker" not in str(e): raise
+        raise WorkerDied("a loader process was killed (often: out of memory; try fewer workers). Finished seeds are kept: run again to make the rest") from e
+
 def _alone(todo: list[int], runs: list | None, start: tuple):
     "All the work in this process"
     threads = torch.get_num_threads()
     try:
         _start(*start)
-        yield from map(_extract_one, todo) if runs is None else _extract_runs(runs, set(todo))
+        with _dead_loaders(): yield from map(_extract_one, todo) if runs is None else _extract_runs(runs, set(todo))
     finally: torch.set_num_threads(threads); _work.clear()
 
 def _results(todo: list[int], processes: int, start: tuple, runs: list | None = None):

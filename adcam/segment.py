@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
-from .classifier import _train_mode, _whole_batch, _write_run, save_weights
+from .classifier import Late, _train_mode, _whole_batch, _write_run, save_weights
 from .crf import DEEPLAB, dense_crf, unary_from_logits
 from .data import Skipped, image_of, mask_of, read_mask
 from .deeplab import poly_rate, segmentation_loss
@@ -230,10 +230,12 @@ def _set_rates(optimizer, t, c):
 def _gradients(acc, net, x, y, c):
     "Gradients of this process' share of a batch; mean loss and share of predicted objects, (2,)"
     parts, total = _parts(c, acc.num_processes)//acc.num_processes, 0
+    known = [(part != 255).any() for part in y.chunk(parts)]                                # asked here, where nobody waits for it
+    x, y = x.to(acc.device, non_blocking=True, memory_format=torch.channels_last), y.to(acc.device, non_blocking=True)
     for k, (x_k, y_k) in enumerate(zip(x.chunk(parts), y.chunk(parts))):
         with acc.no_sync(net) if k < parts - 1 else nullcontext():
             logits = net(x_k)                                                              # list of (B,C,h,w)
-            if (y_k != 255).any(): loss = segmentation_loss(logits, y_k, c.balanced)
+            if known[k]: loss = segmentation_loss(logits, y_k, c.balanced)
             else: loss = 0*sum(z.sum() for z in logits)                                    # all of these views are outside or unsure
             acc.backward(loss/parts)
         objects = (logits[0].detach().argmax(1) > 0).float().mean()
@@ -241,17 +243,18 @@ def _gradients(acc, net, x, y, c):
     return total
 
 # %% ../nbs/12b_segment.ipynb #3e2363b1
+def _check_loss(loss, t, c):
+    if not math.isfinite(loss): raise FloatingPointError(f"the loss became {loss} in iteration {t}; lower lr ({c.lr}), try balanced=True or warmup, and look for NaN in images and start weights")
+
 def _step(acc, net, optimizer, x, y, t, c):
-    "One optimizer step: dict of loss, share of predicted objects, learning rate"
+    "One optimizer step: (loss, share of predicted objects) as `Late` numbers, learning rate"
     _set_rates(optimizer, t, c)
     torch.manual_seed(int(np.random.SeedSequence((c.seed, t, 2)).generate_state(1)[0]))   # dropout depends on (seed, t) only
     optimizer.zero_grad()
-    x = x.to(acc.device, non_blocking=True, memory_format=torch.channels_last)
-    values = _gradients(acc, net, x, y.to(acc.device, non_blocking=True), c)
-    loss, objects = acc.reduce(values, "mean").tolist()
-    if not math.isfinite(loss): raise FloatingPointError(f"the loss became {loss} in iteration {t}; lower lr ({c.lr}), try balanced=True or warmup, and look for NaN in images and start weights")
+    late = Late(acc.reduce(_gradients(acc, net, x, y, c), "mean"))
+    if late.event is None: _check_loss(late.tolist()[0], t, c)                            # before the weights change; on a GPU one step later
     optimizer.step()
-    return dict(loss=loss, objects=objects, lr=optimizer.param_groups[0]["lr"])
+    return late, optimizer.param_groups[0]["lr"]
 
 # %% ../nbs/12b_segment.ipynb #eaf2fcdd
 def _guard(history, c, share):
@@ -403,14 +406,25 @@ def _begin(net, c):
     if c.freeze_bn is not None: model.freeze_bn = c.freeze_bn
     _train_mode(net, getattr(model, "freeze_bn", False))
 
+def _note(run, waiting, c, share, bar, keep=0):
+    "Rows of the steps whose numbers have come; `keep` of them may still be on the way"
+    while len(waiting) > keep:
+        t, late, lr = waiting.pop(0)
+        loss, objects = late.tolist()
+        _check_loss(loss, t, c)
+        run["history"].append(dict(step=t + 1, loss=loss, objects=objects, lr=lr))
+        bar.update(); bar.set_postfix(loss=f"{loss:.3f}")
+        _guard(run["history"], c, share)
+
 def _loop(acc, net, optimizer, loader, run, c, val, out, share, bar, curves):
     "The iterations that are left"
-    for x, y in loader:
-        t = len(run["history"])
-        run["history"].append(dict(step=t + 1, **_step(acc, net, optimizer, x, y, t, c)))
-        bar.update(); bar.set_postfix(loss=f"{run['history'][-1]['loss']:.3f}")
-        _guard(run["history"], c, share)
-        if (t + 1) % c.check and t + 1 < c.iterations: continue
+    waiting = []
+    for t, (x, y) in enumerate(loader, len(run["history"])):
+        late, lr = _step(acc, net, optimizer, x, y, t, c)
+        waiting.append((t, late, lr))
+        due = not (t + 1) % c.check or t + 1 >= c.iterations
+        _note(run, waiting, c, share, bar, keep=late.event is not None and not due)
+        if not due: continue
         _checkpoint(acc, net, optimizer, run, val, out, c)
         curves.add(run["history"][t - t % c.check:])
         _begin(net, c)

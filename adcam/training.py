@@ -124,7 +124,11 @@ def arithmetic(
     what: str,            # see `told`
     lower: str,           # see `told`
 ) -> Iterator[None]:
-    "Open this around a training: TF32 as the precision says (autocast is accelerate's part), errors from outside in words, `released` at the end"
+    "Open this around a training: TF32 as the precision says (autocast is accelerate's part), the same sums in every run, errors from outside in words, `released` at the end"
+    cudnn = torch.backends.cudnn
+    before, cudnn.deterministic = cudnn.deterministic, True
     try:
         with told(what, lower), tf32(precision_name(precision) != "fp32"): yield
-    finally: released(net)
+    finally:
+        cudnn.deterministic = before
+        released(net)
