@@ -8,12 +8,12 @@ __all__ = ['VOC_IMAGENET', 'read_attention', 'TwoBranch', 'group_maps']
 # %% ../nbs/06_branches.ipynb #1c881103
 import difflib, hashlib
 from pathlib import Path
-import timm, torch, torch.nn.functional as F
+import requests, timm, torch, torch.nn.functional as F
 from timm.layers import DropPath
 from torch import nn, Tensor
 from torch.overrides import TorchFunctionMode
 from .cam import _blocks
-from .conformer import Maps, whole_attention
+from .conformer import Maps, read_weights, whole_attention
 
 # %% ../nbs/06_branches.ipynb #254fa581
 def _bias(mask, q, k):
@@ -131,19 +131,31 @@ def _source(net, weights, pretrained):
     return dict(source=hub or net.pretrained_cfg.get("url") or "timm", sha256=_sha256(file) if file else None)
 
 # %% ../nbs/06_branches.ipynb #e05085b2
+def _no_download(name, option, why):
+    page = f"https://huggingface.co/{timm.get_pretrained_cfg_value(name, 'hf_hub_id') or 'timm'}"
+    return ConnectionError(f"the weights of {name} cannot be downloaded ({why}); fetch them on a machine with network access ({page}) and give the file: --{option.replace('_', '-')} FILE (in Python {option}=...)")
+
+def _reachable(name, option):
+    "Without a network the downloader tries for a minute; look first. Weights that are here already need none"
+    from huggingface_hub import constants, try_to_load_from_cache
+    hub = timm.get_pretrained_cfg_value(name, "hf_hub_id")
+    if not hub or constants.HF_HUB_OFFLINE or any(isinstance(try_to_load_from_cache(hub, f), str) for f in ("model.safetensors", "pytorch_model.bin")): return
+    try: requests.head(constants.ENDPOINT, timeout=5)
+    except requests.RequestException as e: raise _no_download(name, option, f"{constants.ENDPOINT} cannot be reached: {type(e).__name__}") from e
+
 def _create(name, weights, pretrained, option, options):
     "timm.create_model, with its errors in words"
     _known(name)
     if weights:
         if not Path(weights).is_file(): raise FileNotFoundError(f"no weight file {weights} for {name}")
         options = options | dict(pretrained_cfg_overlay=dict(file=str(weights), custom_load=False))
+    if pretrained and not weights: _reachable(name, option)
     try: return timm.create_model(name, pretrained=bool(weights or pretrained), **options)
     except TypeError: raise
     except Exception as e:
         if weights: raise ValueError(f"{weights} does not fit {name}: {' '.join(str(e).split())[:300]} ... Give the weights of {name}, in timm's format or that of its authors") from e
         if pretrained and (isinstance(e, OSError) or "http" in str(e).lower() or "offline" in type(e).__name__.lower()):
-            raise ConnectionError(f"the weights of {name} cannot be downloaded ({type(e).__name__}); fetch them on a machine with network access "
-                                  f"(https://huggingface.co/{timm.get_pretrained_cfg_value(name, 'hf_hub_id') or 'timm'}) and give the file: {option}=\"model.safetensors\"") from e
+            raise _no_download(name, option, type(e).__name__) from e
         raise ValueError(f"timm cannot build {name}: {e}") from e
 
 # %% ../nbs/06_branches.ipynb #1fd79183
@@ -185,6 +197,22 @@ def _check_cnn(cnn, name):
     except Exception as e: raise ValueError(f"{name} cannot be the CNN branch: it does not take images of any size ({e})") from e
     if f.ndim != 4 or f.shape[1] != cnn.num_features or f.shape[2] <= f.shape[3]:
         raise ValueError(f"{name} cannot be the CNN branch: its features are {tuple(f.shape)}, expected a map (1, {cnn.num_features}, h, w)")
+
+@torch.no_grad()
+def _sides(cnn):
+    "Of what number a side of the input must be a multiple, and how long it must be at least; 1 where anything goes"
+    stride = 96//cnn.eval().forward_features(torch.zeros(1, 3, 96, 64)).shape[2]
+    def fails(h, w):
+        try: cnn.forward_features(torch.zeros(1, 3, h, w)); return False
+        except (RuntimeError, ValueError, AssertionError): return True  # whatever a layer says of a size it cannot take
+    half = stride//2
+    return stride if fails(96 + half, 64 + half) else 1, stride if fails(half, 64) or fails(64, half) else 1
+
+def _sized(x, sides):
+    "The batch at the next size that the CNN takes"
+    multiple, least = sides
+    size = tuple(max(-(-n//multiple)*multiple, least) for n in x.shape[2:])
+    return x if size == tuple(x.shape[2:]) else F.interpolate(x, size, mode="bilinear", align_corners=False)
 
 # %% ../nbs/06_branches.ipynb #ffb0e0a3
 def _create_cnn(name, weights, pretrained, output_stride):
@@ -282,7 +310,7 @@ class _Inputs(nn.Module):
 # %% ../nbs/06_branches.ipynb #f4665493
 class _Reading(_Inputs):
     "Features, logits and maps"
-    def _conv(self, x): return _normed(self.cnn.forward_features(x), _head_norm(self.cnn))  # (B,C,h',w')
+    def _conv(self, x): return _normed(self.cnn.forward_features(_sized(x, self.sides)), _head_norm(self.cnn))  # (B,C,h',w')
 
     def features(self,
                  x:Tensor # (B,3,H,W) images, ImageNet-normalized
@@ -397,6 +425,7 @@ class TwoBranch(_Heads):
         if num_classes is not None and num_classes < 1: raise ValueError(f"num_classes is {num_classes}: give at least 1, or None for the networks' own heads")
         self.cnn = _create_cnn(cnn, cnn_weights, pretrained, output_stride)
         self.vit = _create_vit(vit, vit_weights, pretrained, img_size, vit_options)
+        self.sides = _sides(self.cnn)
         self.names, self.stride = (cnn, vit), self.vit.patch_embed.feat_ratio()
         self.weights = dict(cnn=_source(self.cnn, cnn_weights, pretrained), vit=_source(self.vit, vit_weights, pretrained))
         for name, net in (("cnn_norm", self.cnn), ("vit_norm", self.vit)): self.register_buffer(name, torch.stack(_renorm(net.pretrained_cfg)), persistent=False)
@@ -406,10 +435,13 @@ class TwoBranch(_Heads):
 
 # %% ../nbs/06_branches.ipynb #f81fc916
 def _load(model, path):
-    "Weights of a whole TwoBranch"
-    from safetensors.torch import load_file
-    try: model.load_state_dict(load_file(path))
-    except Exception as e: raise ValueError(f"{path} does not fit TwoBranch{model.names} with {model.num_classes} classes: {' '.join(str(e).split())[:300]}") from e
+    "Weights of a whole TwoBranch, or a `ValueError` that says what differs"
+    state, own = read_weights(path), model.state_dict()
+    missing, more = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shapes = [f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}" for k in sorted(own.keys() & state.keys()) if state[k].shape != own[k].shape]
+    told = [f"{len(v)} {what} ({', '.join(v[:3])}{', ...' if len(v) > 3 else ''})" for what, v in (("missing", missing), ("unexpected", more), ("of other shape", shapes)) if v]
+    if told: raise ValueError(f"{path} does not fit TwoBranch{model.names} with {model.num_classes} classes: {'; '.join(told)}. Build it with the networks and the number of classes that the file was made with")
+    model.load_state_dict(state)
 
 # %% ../nbs/06_branches.ipynb #5541f239
 def _ranges(text):

@@ -166,7 +166,7 @@ def co_neighbor(
 def _check_k(k, most):
     if not 1 <= operator.index(k) <= most:
         raise ValueError(f"k={k}: a patch can keep 1 to {most} neighbors on this grid; choose k in this range, "
-                         "or in ad_cam k_mode='ratio' (k follows the grid size) or clip_k=True (a small grid keeps all)")
+                         "or in ad_cam k_mode='ratio' (k follows the grid size) or clip_k=True (a small grid keeps all; on the command line --option clip_k=true)")
 
 def top_k(
     S,  # (B,N,N) or (N,N) similarity

@@ -12,6 +12,7 @@ __all__ = ['app', 'Data', 'Split', 'Images', 'Device', 'Precision', 'data_app', 
            'bench']
 
 # %% ../nbs/14_cli.ipynb #e9194bbd
+import contextlib
 import json
 import os
 import sys
@@ -22,7 +23,16 @@ from typing import Annotated, Optional
 import typer
 
 # %% ../nbs/14_cli.ipynb #5ae8367a
-app = typer.Typer(name="adcam", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+class _Commands(typer.core.TyperGroup):
+    "Commands that a Ctrl-C ends with one line"
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            typer.echo("adcam: stopped. Finished files are kept; the same command continues", err=True)
+            raise SystemExit(130) from None
+
+app = typer.Typer(name="adcam", cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
                   epilog="Every command has its own --help. Errors in the input end with exit code 2 and one line that says what to do.")
 
 @app.callback()
@@ -30,19 +40,23 @@ def _adcam() -> None:
     "AD-CAM for weakly-supervised semantic segmentation: data, seeds, scores, and the paper's figures."
 
 # %% ../nbs/14_cli.ipynb #1be4c9f1
-_BAD_INPUT = (ValueError, LookupError, OSError, FloatingPointError)  # the last: a loss that became NaN
+def _is_bad_input(error: BaseException) -> bool:
+    "Is it about what the user gave, and not a fault of the program?"
+    from adcam.files import WorkerDied
+    known = (ValueError, LookupError, OSError, FloatingPointError, ImportError, MemoryError, WorkerDied)  # FloatingPointError: a loss that became NaN
+    return isinstance(error, known)
 
 def main(
     args: Optional[list] = None,  # words of the command line; None takes those of the process
 ) -> None:
-    "Run `adcam`; always leaves by `SystemExit`: 0 done, 1 a notebook failed, 2 bad input."
+    "Run `adcam`; always leaves by `SystemExit`: 0 done, 1 a notebook failed or something was left out, 2 bad input, 130 stopped by Ctrl-C."
     try:
         app(args=args, prog_name="adcam")
-    except _BAD_INPUT as error:
-        if os.environ.get("ADCAM_DEBUG"):
+    except Exception as error:
+        if os.environ.get("ADCAM_DEBUG") or not _is_bad_input(error):
             raise
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
-        typer.echo(f"adcam: {text}", err=True)
+        typer.echo(f"adcam: {str(text) or type(error).__name__}", err=True)
         raise SystemExit(2)
 
 # %% ../nbs/14_cli.ipynb #de708513
@@ -58,7 +72,7 @@ def version() -> None:
     typer.echo(f"  python {platform.python_version()} on {platform.system()} {platform.machine()}")
 
 # %% ../nbs/14_cli.ipynb #758bed22
-Data = Annotated[str, typer.Option(help="`mini` for the embedded Scenes, a folder, or voc2012:DIR, coco2014:DIR, voc:DIR, folder:DIR.")]
+Data = Annotated[str, typer.Option(help="`mini` for the embedded Scenes, a folder, or voc2012:DIR, coco2014:DIR, voc:DIR, coco:DIR, folder:DIR.")]
 Split = Annotated[str, typer.Option(help="train, val or test of Scenes; a list in ImageSets/Segmentation of a folder.")]
 Images = Annotated[Optional[int], typer.Option("--n", min=1, help="Only the first N images.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N; auto takes this process's GPU if there is one.")]
@@ -218,7 +232,7 @@ def _two_branches(network: str, classes: int, cnn: Optional[Path] = None, vit: O
     return build_network(network, classes, cnn_weights=cnn, vit_weights=vit, **(dict(seed=seed) if what.kind == "pair" else switches))
 
 def _network(network: str, classes: int, weights: Optional[Path] = None, seed: int = 0, coupled: bool = False, cnn: Optional[Path] = None, vit: Optional[Path] = None):
-    "The network of the options above, in evaluation mode; a file that holds ReCAM's second classifier gives that one too."
+    "The network of the options above, in evaluation mode; a file that holds ReCAM's second classifier or SEAM's head gives that one too."
     from adcam.cnn import mini_path
     from adcam.networks import build_network, network_name, network_settings
     from adcam.pipeline import checkpoint_path
@@ -256,18 +270,27 @@ def profile(
         typer.echo(f"{'*' if key in other else ' '} {key:{width}}  {shown}")
 
 # %% ../nbs/14_cli.ipynb #d55d5e4c
-def _pairs(option: Optional[list]) -> dict:
-    "`iterations=13` as {'iterations': 13}; a value that is no number, True, False, None or tuple of them is a word"
+_WORDS = dict(true=True, yes=True, false=False, no=False, none=None, null=None)
+
+def _value(text: str):
+    "What a word of the command line means: a number, true, false, none, a tuple of them, or the word itself. Nothing is executed."
     import ast
+    text = text.strip()
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+
+def _pairs(option: Optional[list]) -> dict:
+    "`iterations=13` as {'iterations': 13}"
     given = {}
     for text in option or []:
         name, equal, value = text.partition("=")
         if not equal:
             raise ValueError(f"--option {text!r} is no pair; write NAME=VALUE, such as iterations=13")
-        try:
-            given[name.strip()] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            given[name.strip()] = value
+        given[name.strip()] = _value(value)
     return given
 
 def _numbers(text: str, name: str) -> tuple:
@@ -281,7 +304,7 @@ def _numbers(text: str, name: str) -> tuple:
 @app.command()
 def seeds(
     out: Annotated[Path, typer.Option(help="Folder for the seeds, one .npz per image.")],
-    method: Annotated[str, typer.Option(help="cam, ts_cam, trans_cam, att_diffu, ad_cam, recam, advcam, rib or getam.")] = "ad_cam",
+    method: Annotated[str, typer.Option(help="cam, ts_cam, trans_cam, att_diffu, ad_cam, recam, advcam, rib, getam, score_cam, pcm or seam.")] = "ad_cam",
     data: Data = "mini", split: Split = "train", n: Images = None,
     network: Network = "mini", weights: Weights = None, seed: TrainingSeed = 0, coupled: Coupled = False,
     cnn_weights: CnnWeights = None, vit_weights: VitWeights = None,
@@ -704,6 +727,8 @@ def crf(
             refined.putpalette(palette().tobytes())
             atomic_write(target, lambda f: refined.save(f, "PNG"))  # noqa: B023, called at once
             typer.echo(f"{n}/{len(files)} {target}")
+    if len(files) == 1 and left_out:
+        raise ValueError(left_out[0].reason)
     if len(left_out) == len(files):
         raise ValueError(f"none of the {len(files)} masks could be refined. The first: {left_out[0].reason}")
     _tell_skipped(left_out, len(files))
@@ -729,9 +754,17 @@ def _segmentation(network: Optional[str], profile: Optional[str], data: str, cla
         usual = replace(usual, segmentation=network)
     return *segmentation_net(usual, cnn or init, backbone), usual
 
+_OPTIONAL = dict(freeze_bn=bool, patience=int)  # fields of SegConfig that are None unless given
+
+def _none_or(name: str, text: str):
+    "A value of a field whose default is None."
+    value, kind = _value(text), _OPTIONAL.get(name)
+    if value is not None and kind is not None and type(value) is not kind:
+        raise ValueError(f"--set {name}={text}: give {'true or false' if kind is bool else 'a whole number'}, or none")
+    return value
+
 def _seg_config(profile, change: list, **given):
     "The recipe of the profile's network, changed by `--set name=value` and by what was given."
-    import ast
     from dataclasses import fields
     from adcam.run import _as_type, segmentation_config
     usual, changes = segmentation_config(profile), {}
@@ -740,7 +773,7 @@ def _seg_config(profile, change: list, **given):
         if name not in {f.name for f in fields(usual)} or not value:
             raise ValueError(f"--set {item}: give name=value with one of {', '.join(f.name for f in fields(usual))}")
         old = getattr(usual, name)
-        changes[name] = ast.literal_eval(value) if old is None else _as_type(name, value, old)
+        changes[name] = _none_or(name, value) if old is None else _as_type(name, value, old)
     return segmentation_config(profile, **changes | {n: v for n, v in given.items() if v is not None})
 
 # %% ../nbs/14_cli.ipynb #3b2187b7
@@ -847,6 +880,7 @@ def whole_run(
     trained: Annotated[Optional[Path], typer.Option(help="A trained classifier: no training.")] = None,
     resnet: Annotated[Optional[str], typer.Option(help="ImageNet weights of IRNet's ResNet-50: a file, or `timm` to download them.")] = None,
     method: Annotated[str, typer.Option(help="How class maps are made; see `adcam seeds`.")] = "ad_cam",
+    refine: Annotated[str, typer.Option(help="How seeds become masks: irn or psa.")] = "irn",
     segment: Annotated[bool, typer.Option("--segment", help="Go on: train the segmentation network on the pseudo masks, predict the profile's test split.")] = False,
     init: Annotated[Optional[str], typer.Option(help="Start weights of the segmentation network: a file, or `timm` to download ImageNet's.")] = None,
     change: Annotated[Optional[list[str]], typer.Option("--set", help="name=value of a setting; may be given several times.")] = None,
@@ -864,7 +898,7 @@ def whole_run(
         raise ValueError(f"the profile {profile} needs --data DIR; `adcam data get {'coco2014' if profile == 'coco' else 'voc2012'} DIR` fetches it")
     changes = [*(with_network(network) if network else ()), *(change or [])]
     done = all_stages(override(profiles[profile], changes), data or "mini", out, method=method, limit=limit, weights=weights, trained=trained, resnet=resnet, cnn_weights=cnn_weights, vit_weights=vit_weights,
-                      segment=segment, init=init, seed=seed, processes=processes, workers=workers, progress=sys.stderr.isatty(), device=device, precision=precision)
+                      refine=refine, segment=segment, init=init, seed=seed, processes=processes, workers=workers, progress=sys.stderr.isatty(), device=device, precision=precision)
     typer.echo(f"wrote {out / 'run.json'}")
     if done.unlabeled:
         typer.echo(f"{len(done.unlabeled)} images without a class were left out, first {done.unlabeled[0]}", err=True)
@@ -1057,20 +1091,29 @@ def _paper_notebook(name: str) -> Path:
     raise ValueError(f"no notebook {name!r}; " + (f"there are {', '.join(there)}" if there else
                      f"there are none in {folder}: run this in a clone of the repository, the notebooks are not installed"))
 
+def _yaml(text: str, where):
+    "YAML as data; what is none is told in one line."
+    import yaml
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{where} is no YAML: {' '.join(str(error).split())[:200]}") from error
+
 def _parameters(notebook: Path, file: Optional[Path], pairs: list) -> dict:
     "Parameters from a YAML file and from `name=value` words, every name known to the notebook."
     import difflib
     import papermill
-    import yaml
     known = papermill.inspect_notebook(str(notebook))
     if not known:
         raise ValueError(f"{notebook.name} has no cell tagged `parameters`, so papermill would ignore what it is given")
-    given = yaml.safe_load(file.read_text()) or {} if file else {}
+    given = _yaml(file.read_text(encoding="utf-8"), file) or {} if file else {}
+    if not isinstance(given, dict):
+        raise ValueError(f"{file} holds {type(given).__name__}; write one `name: value` per line")
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals:
             raise ValueError(f"-p {pair!r}: give name=value, such as -p k=50")
-        given[name.strip()] = yaml.safe_load(value)
+        given[name.strip()] = _yaml(value, f"-p {pair}")
     for name in given:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1, 0.5)
@@ -1087,9 +1130,12 @@ def paper(
     list_parameters: Annotated[bool, typer.Option("--list", help="Print the notebook's parameters and stop.")] = False,
 ) -> None:
     "Run a figure or table of the paper. By papermill; unknown parameters are refused."
-    import papermill
     from adcam.pipeline import results_dir
     notebook = _paper_notebook(name)
+    try:
+        import papermill
+    except ImportError as error:
+        raise ImportError(f"figures are run by papermill, which is not installed ({error}); pip install 'adcam[dev]'") from error
     given = _parameters(notebook, file, parameter or [])
     known = papermill.inspect_notebook(str(notebook))
     if list_parameters:
@@ -1101,12 +1147,29 @@ def paper(
         given["out_dir"] = str(out)
     _execute(notebook, out / notebook.name, given)
 
+@contextlib.contextmanager
+def _own_kernel():
+    "While this is open the kernel `python3` is the interpreter that runs now, whatever kernels are installed under that name."
+    import tempfile
+    with tempfile.TemporaryDirectory(prefix="adcam-kernel-") as folder:
+        spec = Path(folder) / "kernels/python3"
+        spec.mkdir(parents=True)
+        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        (spec / "kernel.json").write_text(json.dumps(dict(argv=argv, display_name="Python 3", language="python")))
+        before = os.environ.get("JUPYTER_PATH")
+        os.environ["JUPYTER_PATH"] = os.pathsep.join([folder, *([before] if before else [])])
+        try:
+            yield
+        finally:
+            os.environ.pop("JUPYTER_PATH") if before is None else os.environ.update(JUPYTER_PATH=before)
+
 def _execute(notebook: Path, target: Path, given: dict) -> None:
     "papermill, with a failing cell reported in words."
     import papermill
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        papermill.execute_notebook(str(notebook), str(target), given, kernel_name="python3", progress_bar=sys.stderr.isatty())
+        with _own_kernel():
+            papermill.execute_notebook(str(notebook), str(target), given, kernel_name="python3", progress_bar=sys.stderr.isatty())
     except papermill.PapermillExecutionError as error:
         typer.echo(f"adcam: {notebook.name} stopped with {error.ename}: {error.evalue}\n  as far as it ran: {target}", err=True)
         raise SystemExit(1)

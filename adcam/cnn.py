@@ -9,6 +9,7 @@ __all__ = ['MINI_PRETRAIN', 'MINI_TRAIN', 'CamNet', 'load_cam', 'load_backbone',
 
 # %% ../nbs/09_cnn.ipynb #fb83483c
 import adcam, torch, torch.nn.functional as F
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from timm.models.resnet import BasicBlock, ResNet
@@ -23,17 +24,24 @@ def _features(net, x):
     return net.forward_features(x) if hasattr(net, "forward_features") else net(x)
 
 # %% ../nbs/09_cnn.ipynb #cfc15c09
+@torch.no_grad()
+def _needs_multiples(net, image, s):
+    "Does a side that is no multiple of the stride lose its last pixels, or stop the network? Then inputs are padded"
+    try: return _features(net, image.new_zeros(1, 3, s + 1, 2*s)).shape[2:] != (2, 2)
+    except (RuntimeError, ValueError, AssertionError): return True
+
 def _probe(net, who):
     "Channels and stride of a network's map, whether odd sizes need padding, and the parameters that the map does not depend on"
     was, image = net.training, next(net.parameters(), torch.zeros(0)).new_zeros(1, 3, 96, 64)
     net.eval()
+    made_for_inference = any(p.is_inference() for p in net.parameters())     # built under inference_mode: there is nothing to train
     try:
-        with torch.enable_grad():                                            # also for a network that is built under no_grad
-            f, learn = _features(net, image), [p for p in net.parameters() if p.requires_grad]
+        with nullcontext() if made_for_inference else torch.inference_mode(False), torch.enable_grad():   # also for a network that is built under no_grad
+            f, learn = _features(net, image), [] if made_for_inference else [p for p in net.parameters() if p.requires_grad]
             if f.ndim != 4 or f.shape[2] <= f.shape[3] or 96 % f.shape[2]: raise ValueError(f"it gives {tuple(f.shape)} for an image (1,3,96,64)")
             used = torch.autograd.grad(f.sum(), learn, allow_unused=True) if learn else ()
         s, unused = 96//f.shape[2], [p for p, g in zip(learn, used) if g is None]
-        with torch.no_grad(): pads = _features(net, image.new_zeros(1, 3, s + 1, 2*s)).shape[2:] != (2, 2)
+        pads = _needs_multiples(net, image, s)
     except Exception as e: raise ValueError(f"{who} has no feature map (B,C,h,w) for images of any size ({e}); take a CNN, such as resnet50, efficientnet_b0 or convnext_tiny") from e
     finally: net.train(was)
     return f.shape[1], s, pads, unused

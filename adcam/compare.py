@@ -7,7 +7,7 @@ __all__ = ['PATCH_HEAD', 'NETWORKS', 'VARIANTS', 'CRF_ON', 'SEGMENTERS', 'Entry'
            'label_thresholds', 'pseudo_counts', 'pseudo_rows', 'segmentation_counts', 'segmentation_rows']
 
 # %% ../nbs/13c_compare.ipynb #28ab54cc
-import time
+import tempfile, time
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
@@ -16,9 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+from .baselines.oaa import INTEGRAL_MINI, train_integral, train_oaa
+from .baselines.psa import PSA_MINI, AffinityNet, affinity_features, affinity_scores, confident_labels, psa_shares, psa_walk, train_affinity
 from .baselines.recam import RECAM_MINI, train_recam
+from .baselines.seam import SEAM_MINI, train_seam
 from .classifier import HeadsConfig, train_heads
-from .cnn import mini_path, resnet_mini
+from .cnn import MINI_TRAIN, load_backbone, mini_path, resnet_mini
 from .conformer import conformer_mini, load_pretrained
 from .deeplab import deeplabv2_mini, upernet_mini
 from .devices import tf32
@@ -37,10 +40,12 @@ class Entry(NamedTuple):
     network: str        # a key of `NETWORKS`
     method: str         # a name of `adcam.seeds.METHODS`
     options: dict = {}  # options of the method
+    refine: str = "irn" # how its seeds become pseudo masks, "irn" or "psa"
 
     def check(self) -> "Entry":
         "The same entry, if network, method and options exist"
         if self.network not in NETWORKS: raise ValueError(f"{self.name}: no network {self.network!r}; choose one of {', '.join(NETWORKS)}")
+        if self.refine not in ("irn", "psa"): raise ValueError(f"{self.name}: refine is {self.refine!r}; choose irn or psa")
         resolve(self.method, self.options)
         return self
 
@@ -71,10 +76,29 @@ def _patch(seed: int, folder: str, ds: Any) -> nn.Module:
     train_heads(net, ds, PATCH_HEAD, progress=False)
     return net.eval()
 
+# %% ../nbs/13c_compare.ipynb #c3f1c002
+def _seam(seed: int, folder: str, ds: Any) -> nn.Module:
+    "resnet_mini after SEAM's training"
+    net = _resnet(seed, folder, ds)
+    train_seam(net, ds, replace(SEAM_MINI, seed=seed, batch=min(SEAM_MINI.batch, len(ds))), progress=False)
+    return net.eval()
+
+def _oaa(seed: int, folder: str, ds: Any) -> nn.Module:
+    "OAA's integral model on resnet_mini"
+    def start():
+        torch.manual_seed(seed)
+        return load_backbone(resnet_mini(len(ds.classes)), mini_path("pretrained", folder))
+    with tempfile.TemporaryDirectory() as maps:
+        same = dict(seed=seed, batch=min(MINI_TRAIN.batch, len(ds)))
+        train_oaa(start(), ds, replace(MINI_TRAIN, **same), maps, progress=False)
+        train_integral(net := start(), ds, maps, replace(INTEGRAL_MINI, **same), progress=False)
+    return net.eval()
+
 # %% ../nbs/13c_compare.ipynb #3c8c2c50
 _cnn_files, _two_files = lambda seed, folder: [mini_path(seed, folder)], lambda seed, folder: [checkpoint_path(seed, True, folder)]
 NETWORKS: dict[str, Network] = dict(resnet_mini=Network(_resnet, _cnn_files, False), recam_mini=Network(_recam, _cnn_files, True),
-                                    conformer_mini=Network(_conformer, _two_files, False), patch_mini=Network(_patch, _two_files, True))
+                                    conformer_mini=Network(_conformer, _two_files, False), patch_mini=Network(_patch, _two_files, True),
+                                    seam_mini=Network(_seam, _cnn_files, True), oaa_mini=Network(_oaa, lambda seed, folder: [mini_path("pretrained", folder)], True))
 
 # %% ../nbs/13c_compare.ipynb #f5f47201
 class Held:
@@ -154,12 +178,14 @@ def label_thresholds(
 # %% ../nbs/13c_compare.ipynb #608ac316
 VARIANTS = ("seed", "walk", "perfect")  # no walk; boundaries of IRNet; boundaries of the ground truth
 
-def _variants(p: Profile, model: IRNet, sample: Any, seed: Seed) -> dict[str, np.ndarray]:
+def _variants(p: Profile, model: IRNet | AffinityNet, sample: Any, seed: Seed) -> dict[str, np.ndarray]:
     "Maps (n,H,W) with maximum 1, before the threshold"
     cam, size = seed.cam**p.walk_cam_power, sample.image.shape[:2]
-    edges = dict(walk=edge_map(model, sample.image), perfect=.95 * mask_edges(sample.mask))
+    edges, by_psa = dict(perfect=.95 * mask_edges(sample.mask)), isinstance(model, AffinityNet)
+    if not by_psa: edges["walk"] = edge_map(model, sample.image)
     walked = {v: random_walk(cam, e, p.walk_radius, p.walk_beta, p.walk_exp_times) for v, e in edges.items()}
-    return dict(seed=seed.high_res, **{v: upsample_walk(w, size) for v, w in walked.items()})
+    shares = dict(walk=psa_shares(psa_walk(seed.high_res, affinity_features(model, sample.image), model.stride), size, model.stride)) if by_psa else {}
+    return dict(seed=seed.high_res, **{v: upsample_walk(w, size) for v, w in walked.items()}, **shares)
 
 # %% ../nbs/13c_compare.ipynb #a5636243
 def _labels(maps: np.ndarray, keys: np.ndarray, t: float) -> np.ndarray:
@@ -175,6 +201,20 @@ def _trained_boundaries(p: Profile, ds: Any, seeds: list, thresholds: tuple, see
     torch.manual_seed(seed)
     model = IRNet(ResNetStages(resnet_mini(K, checkpoint=mini_path("pretrained")).backbone_net), p.irn_displacement)
     train_irnet(model, ds, lambda s: labels[s.id], irnet_config(p, len(ds), seed), progress=False)
+    return model.eval(), counts
+
+# %% ../nbs/13c_compare.ipynb #c3f1c004
+def _trained_affinity(ds: Any, seeds: list, seed: int) -> tuple[AffinityNet, np.ndarray]:
+    "AffinityNet trained on labels made from `seeds`, and the counts [truth, label] of those labels, 255 in the last column"
+    torch.manual_seed(seed)
+    model = AffinityNet(ResNetStages(resnet_mini(len(ds.classes), checkpoint=mini_path("pretrained")).backbone_net))
+    K, counts, of = len(ds.classes), 0, {n: affinity_scores(s.high_res, ds[i].image) for i, (n, s) in enumerate(zip(ds.ids, seeds))}
+    for i, (n, s) in enumerate(zip(ds.ids, seeds)):
+        local = confident_labels(torch.from_numpy(of[n]), model.stride).numpy().repeat(model.stride, 0).repeat(model.stride, 1)  # (H,W) 0..n, 255
+        label = np.concatenate([[0], s.keys + 1])[local.clip(max=len(s.keys))]
+        counts = counts + confusion(np.where(local == 255, K + 1, label), ds[i].mask, K + 1)
+    def scores(sample): return of[sample.id]
+    train_affinity(model, ds, scores, replace(PSA_MINI, seed=seed, batch=min(PSA_MINI.batch, len(ds))), progress=False)
     return model.eval(), counts
 
 # %% ../nbs/13c_compare.ipynb #0ca0c3d5
@@ -203,12 +243,14 @@ def pseudo_counts(
     splits: dict[str, Any],        # train, val and test: data sets with masks
     seeds: dict[str, list[Seed]],  # the same splits: a seed per image
     seed: int = 0,                 # of IRNet's training
+    refine: str = "irn",           # "irn", or "psa": affinities of features in the place of boundaries
 ) -> dict[str, np.ndarray]:        # see below
     "From seeds to pseudo masks: hist_<split>_<variant> as in `Sweep.hist`, crf_test_<variant> confusions, masks (n,H,W) of train, labels, thresholds, cpu seconds"
     with _one_thread() as spent:
         best = lambda hist: as_sweep(hist, p.thresholds).best()["t"]
         t = _sweep(p, splits["val"], ((s.keys, s.high_res) for s in seeds["val"])).best()["t"]
-        model, labels = _trained_boundaries(p, splits["train"], seeds["train"], label_thresholds(t), seed)
+        ds, own = splits["train"], seeds["train"]
+        model, labels = _trained_affinity(ds, own, seed) if refine == "psa" else _trained_boundaries(p, ds, own, label_thresholds(t), seed)
         out = _count_split(p, model, "val", splits["val"], seeds["val"], {})
         chosen = {v: best(out[f"hist_val_{v}"]) for v in VARIANTS}
         for s in ("train", "test"): out |= _count_split(p, model, s, splits[s], seeds[s], chosen)

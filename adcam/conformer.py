@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['STOP_GRAD', 'VARIANTS', 'ConvBlock', 'whole_attention', 'Attention', 'Mlp', 'TransBlock', 'FCUDown', 'FCUUp',
            'ConvTransBlock', 'Variant', 'Maps', 'Step', 'PatchHead', 'block_indices', 'AttentionStore', 'Conformer',
-           'conformer_tiny', 'conformer_small', 'conformer_base', 'conformer_mini', 'load_checkpoint',
+           'conformer_tiny', 'conformer_small', 'conformer_base', 'conformer_mini', 'read_weights', 'load_checkpoint',
            'load_pretrained']
 
 # %% ../nbs/03_conformer.ipynb #01d5f039
+import argparse
 import operator, torch, torch.nn.functional as F
 from collections.abc import Iterator
 from dataclasses import dataclass, replace, fields
@@ -540,18 +541,39 @@ def conformer_mini(num_classes:int=10, # K, without background
     return Conformer(replace(VARIANTS["mini"], **size), num_classes, last_block=last_block, stop_grad=stop_grad, checkpoint=checkpoint, **options)
 
 # %% ../nbs/03_conformer.ipynb #9e9d75cd
-def _read(path):
-    "Weights file -> {key: tensor}; bare or wrapped under `model` or `state_dict`"
+_WRAPPERS = ("state_dict", "model", "model_state_dict", "net", "network", "weights", "ema", "model_ema", "state_dict_ema", "ema_state_dict", "module")
+
+def _unwrapped(state):
+    "The dictionary of tensors inside of a training checkpoint; entries beside the tensors (an epoch, settings) are left out"
+    while isinstance(state, dict) and not any(isinstance(v, Tensor) for v in state.values()):
+        inner = next((state[w] for w in _WRAPPERS if isinstance(state.get(w), dict)), None)
+        if inner is None: break
+        state = inner
+    return {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor) and k!="n_averaged"} if isinstance(state, dict) else {}
+
+def _plain_names(state):
+    "Names without what DistributedDataParallel and torch.compile put before all of them"
+    while state:
+        prefix = next((p for p in ("module.", "_orig_mod.") if all(k.startswith(p) for k in state)), None)
+        if prefix is None: return state
+        state = {k.removeprefix(prefix): v for k, v in state.items()}
+    return state
+
+def read_weights(path:str|Path # .safetensors, or a file of torch.save
+                ) -> dict[str,Tensor]: # names and tensors, on the CPU
+    "Weights of any network: bare, or inside of a training checkpoint (`model`, `state_dict`, `ema`, ...), with or without `module.` and `_orig_mod.`. Nothing in the file is executed; `ValueError` for a file without weights."
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f"no weights file {path}")
-    try: state = load_file(path) if path.suffix==".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # settings of a training, often beside its weights: a plain record
+            state = load_file(path) if path.suffix==".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # a torn file can fail in any way
         raise ValueError(f"{path} is not a readable weights file ({type(e).__name__}: {(str(e).splitlines() or ['empty'])[0]}); expected .safetensors, or a .pth that holds tensors only") from e
-    for wrapper in ("model", "state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict): state = state[wrapper]
-    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"{path} holds no state_dict: expected names and tensors, bare or under 'model' or 'state_dict'")
-    return state
+    found = _plain_names(_unwrapped(state))
+    if not found: raise ValueError(f"{path} holds no state_dict: expected names and tensors, bare or under {', '.join(map(repr, _WRAPPERS[:3]))} or 'ema'")
+    return found
+
+_read = read_weights  # its old name
 
 # %% ../nbs/03_conformer.ipynb #0e343f3d
 _MMPRETRAIN = (("backbone.", ""), ("head.conv_cls_head.", "conv_cls_head."), ("head.trans_cls_head.", "trans_cls_head."),

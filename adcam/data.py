@@ -486,7 +486,7 @@ def _check_voc(ds):
     for sub, ext in parts:
         missing = sorted(set(ds.ids) - {p.stem for p in (ds.root/sub).glob(f"*.{ext}")})
         if missing: wrong.append(f"missing in {sub}: {len(missing):,} of {len(ds):,}, first {missing[0]}.{ext}")
-    if wrong: raise FileNotFoundError(f"VOC 2012 in {ds.root}, split {ds.split}: {'; '.join(wrong)}. {_GET_VOC}; strict=False takes the folder as it is")
+    if wrong: raise FileNotFoundError(f"VOC 2012 in {ds.root}, split {ds.split}: {'; '.join(wrong)}. {_GET_VOC}; voc:DIR takes the folder as it is (in Python strict=False)")
 
 # %% ../nbs/02_data.ipynb #79b969fc
 def voc2012(root:str|Path, # VOC2012, VOCdevkit, or the folder that holds VOCdevkit
@@ -587,11 +587,11 @@ def _size_of(info):
 
 def _annotation(a, cats, infos):
     "What is wrong with an annotation, or None"
-    if a.get("category_id") not in cats: return f"has the category {a.get('category_id')!r}, which is not defined"
+    if a.get("category_id") not in cats: return f"it has the category {a.get('category_id')!r}, which is not defined"
     try: outline = _outline(a, _size_of(infos[a["image_id"]]))
     except ValueError as e: return str(e)
     box = a.get("bbox")
-    if outline is None and not (isinstance(box, list) and len(box)==4): return "has neither outline nor box"
+    if outline is None and not (isinstance(box, list) and len(box)==4): return "it has neither outline nor box"
 
 # %% ../nbs/02_data.ipynb #bc316afa
 def read_coco(path:str|Path # instances_*.json
@@ -605,8 +605,8 @@ def read_coco(path:str|Path # instances_*.json
     problems, kept = {}, []
     for n, a in enumerate(data["annotations"]):
         if isinstance(a.get("image_id"), (list, dict)) or a.get("image_id") not in infos: continue          # of no image of this file
-        wrong = _annotation(a, cats, infos) if not isinstance(a.get("category_id"), (list, dict)) else "has no category"
-        if wrong: problems.setdefault(a["image_id"], f"{path}: annotation {a.get('id', n)} of {infos[a['image_id']]['file_name']} {wrong}")
+        wrong = _annotation(a, cats, infos) if not isinstance(a.get("category_id"), (list, dict)) else "it has no category"
+        if wrong: problems.setdefault(a["image_id"], f"{path}: annotation {a.get('id', n)} of {infos[a['image_id']]['file_name']}: {wrong}")
         else: kept.append(a | dict(id=n))                                                                   # pycocotools wants different ids
     for i, r in infos.items():
         if r["file_name"][:1] in "/\\" or ".." in Path(r["file_name"].replace("\\", "/")).parts: problems[i] = f"{path}: the image {r['file_name']!r} leads out of the folder"
@@ -667,7 +667,8 @@ class _COCO2014(_Files):
         coco = self._coco = read_coco(self._json)
         infos = [coco.imgs[i] for i in sorted(coco.imgs, key=_order)]
         self.classes = tuple(coco.cats[c]["name"] for c in sorted(coco.cats, key=_order))
-        self._names = [f["file_name"].replace("\\", "/") for f in infos]
+        names = [f["file_name"].replace("\\", "/") for f in infos]
+        self._names = [Path(n).name if n.startswith("/") or ".." in Path(n).parts else n for n in names]    # never outside of the folder
         self.ids = [check_id(Path(n).stem, self._json) for n in self._names]
         self.problems = {n: coco.problems[f["id"]] for n, f in zip(self.ids, infos) if f["id"] in coco.problems}
         self._image_ids = [f["id"] for f in infos]
@@ -713,7 +714,7 @@ def coco2014(root:str|Path, # folder with train2014, val2014 and annotations
     if not Path(root).is_dir(): raise FileNotFoundError(f"no folder {root}; expected one with {split} and annotations; {get}")
     ds = COCO2014(root, split, check)
     if strict and (len(ds), ds.classes)!=(COCO_COUNTS[split], COCO_CLASSES):
-        raise FileNotFoundError(f"COCO 2014 in {root}, {split}: {len(ds):,} images and {len(ds.classes)} classes instead of {COCO_COUNTS[split]:,} and 80. {get}; strict=False takes the folder as it is")
+        raise FileNotFoundError(f"COCO 2014 in {root}, {split}: {len(ds):,} images and {len(ds.classes)} classes instead of {COCO_COUNTS[split]:,} and 80. {get}; coco:DIR takes the folder as it is (in Python strict=False)")
     return ds
 
 # %% ../nbs/02_data.ipynb #9cf0084c
@@ -771,22 +772,33 @@ def _one_hot(path, rows, classes):
     return classes, table
 
 # %% ../nbs/02_data.ipynb #b4ab33a6
+_EMPTY = ("", "nan", "none", "null", "n/a", "na", "-", "[]", "()", "{}")                    # what programs write for nothing
+_ODD = re.compile(r"[,;|\[\]{}()'\"/\\\\:=]")                                              # no part of a name
+
+def _list_of(cell):
+    "Names of a cell that is a list: `cat;dog`, `cat,dog`, `cat|dog`, `['cat', 'dog']`; None if it is none"
+    inside = re.fullmatch(r"[\[({](.*)[\])}]", cell)
+    text = inside[1] if inside else cell
+    sign = next((s for s in ";|," if s in text), None)
+    if sign is None and not inside: return None
+    return [n for n in (p.strip().strip("'\"").strip() for p in text.split(sign)) if n]
+
 def _split_names(cell, classes):
     "`cat;traffic light` or `cat dog` -> names"
-    if ";" in cell: return [c.strip() for c in cell.split(";") if c.strip()]
-    return [cell] if classes and cell in classes else cell.split()
-
-_ODD, _EMPTY = re.compile(r"[,|\[\]{}()'\"/\\:=]"), ("nan", "none", "null", "n/a", "na", "-", "?")
+    cell = cell.strip()
+    if classes and cell in classes: return [cell]
+    if cell.lower() in _EMPTY: return []
+    return _list_of(cell) or cell.split()
 
 def _guessed(path, cells):
     "Class names of a table without a list of classes; a name that looks like a slip is refused"
-    surely = {c for _, _, cell in cells if ";" in cell for c in _split_names(cell, None)}
-    words = surely | {cell for _, _, cell in cells if cell and " " not in cell and ";" not in cell}
+    surely = {c for _, _, cell in cells for c in _list_of(cell) or ()}
+    words = surely | {cell for _, _, cell in cells if cell and " " not in cell and not _list_of(cell)}
     for n, _, cell in cells:
-        if surely and " " in cell and ";" not in cell and cell not in surely and not set(cell.split())<=words:
+        if surely and " " in cell and not _list_of(cell) and cell not in surely and not set(cell.split())<=words:
             raise ValueError(f"{path}, line {n}: is {cell!r} one class or {len(cell.split())}? Other lines use `;`: write classes.txt with one name per line beside it, or `;` between names")
         for c in _split_names(cell, surely):
-            if _ODD.search(c) or c.lower() in _EMPTY: raise ValueError(f"{path}, line {n}: {cell!r} would make a class named {c!r}. Separate names by `;`, leave the cell empty if the image shows no class, or write classes.txt with one name per line beside it")
+            if _ODD.search(c) or c.lower() in _EMPTY[1:]: raise ValueError(f"{path}, line {n}: {cell!r} would make a class named {c!r}. Separate names by `;`, leave the cell empty if the image shows no class, or write classes.txt with one name per line beside it")
     return surely, sorted({c for _, _, cell in cells for c in _split_names(cell, surely)})
 
 def _by_name(path, rows, classes):
@@ -1013,7 +1025,10 @@ def _without(ds, i, classes, masks, files, told):
         if masks and not has_mask(ds, i): return f"image {name} has no mask to compare with"
     except (ValueError, OSError) as e: return str(e)
     if files is None or name in files[1]: return None
-    return told.get(name) or f"{files[0]} has no file {name}{files[2]}"
+    if name in told: return told[name]
+    with contextlib.suppress(ValueError, OSError):
+        if hasattr(ds, "label") and not ds.label(i).any(): return ""                      # no class, so the earlier stage had nothing to do
+    return f"{files[0]} has no file {name}{files[2]}"
 
 def _names_in(folder, suffix):
     "Names without suffix of the files in a folder, by one look at it"
@@ -1075,7 +1090,7 @@ def check_agreement(ds, # data set with labels and masks
     if odd and 2*len(odd)>=n: raise ValueError(f"labels and masks do not fit: in {len(odd)} of {n} images they have no class in common, first {odd[0][0]}: {odd[0][1]}. Masks hold 0 for background, 1 to {len(ds.classes)} in the order of the class list ({', '.join(ds.classes[:3])}{', ...' if len(ds.classes)>3 else ''}), 255 for ignore")
 
 # %% ../nbs/02_data.ipynb #09aafebd
-KINDS = ("voc2012", "coco2014", "voc", "folder")
+KINDS = ("voc2012", "coco2014", "voc", "coco", "folder")  # voc and coco: in that form, of any size
 
 def _kind(root):
     "What a folder looks like"
@@ -1088,7 +1103,7 @@ def _kind(root):
     raise ValueError(f"{root} is no data set: it has neither annotations/instances_*.json (COCO) nor ImageSets/Segmentation (VOC) nor labels.csv")
 
 # %% ../nbs/02_data.ipynb #1a4c2ecf
-def open_data(data:str|Path, # mini, a folder, or voc2012:DIR, coco2014:DIR, voc:DIR, folder:DIR
+def open_data(data:str|Path, # mini, a folder, or voc2012:DIR, coco2014:DIR, voc:DIR, coco:DIR, folder:DIR
               split:str="train", # a split of that data set; a folder of your own has none
               n:int|None=None, # only the first n images
               strict:bool=True, # official counts of VOC 2012 and COCO 2014
@@ -1101,6 +1116,7 @@ def open_data(data:str|Path, # mini, a folder, or voc2012:DIR, coco2014:DIR, voc
     if kind not in KINDS: kind, root = _kind(data), data
     if kind=="voc2012": ds = voc2012(root, split, strict, check)
     elif kind=="coco2014": ds = coco2014(root, split, strict, check)
+    elif kind=="coco": ds = coco2014(root, split, False, check)
     elif kind=="voc": ds = VOCFolder(root, split, check=check)
     elif split not in ("train", "all"): raise ValueError(f"{root} is a folder of your own and has no split {split!r}; make a folder per split")
     else: ds = folder(root, masks="masks" if (Path(root)/"masks").is_dir() else None, check=check)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HOST', 'atomic_write', 'sweep', 'FolderInUse', 'at_work', 'one_at_a_time', 'read_json', 'difference', 'claimed',
-           'write_report', 'read_reports', 'why_left_out', 'Account', 'follow_parent', 'WorkerDied',
+           'write_report', 'read_reports', 'why_left_out', 'Account', 'follow_parent', 'shielded', 'WorkerDied',
            'dead_workers_in_words']
 
 # %% ../nbs/00b_files.ipynb #887d8a85
@@ -166,7 +166,7 @@ def _settle(folder: Path, settings: dict, pattern: str, force: bool, job: str, w
     if path.exists():
         if not force: raise ValueError(f"{folder} holds {what} made with other settings ({difference(old, settings)}); choose another folder, or replace them: --force (in Python force=True)")
         for lock in folder.glob(".*.lock"):
-            if (note := _holder(lock)) and note.get("job") != job and note.get("pid") != os.getpid(): raise _in_use(lock, note)
+            if (note := _holder(lock)) and note.get("job") != job: raise _in_use(lock, note)
         for f in [*folder.glob(pattern), *folder.glob("skipped-*-of-*.json")]: f.unlink(missing_ok=True)
     atomic_write(path, lambda f: f.write(json.dumps(settings, indent=1).encode()))
 
@@ -254,8 +254,19 @@ def follow_parent() -> None:
     parent = parent_process()
     if parent is None: return                                                           # this is no child
     with contextlib.suppress(ValueError): signal.signal(signal.SIGINT, signal.SIG_IGN)  # ValueError: not in the main thread
-    def watch(): parent.join(); os._exit(1)
+    def watch():
+        while os.name == "posix" and os.getppid() == parent.pid: time.sleep(1)   # its siblings may hold the pipe that `join` waits for
+        if os.name != "posix": parent.join()
+        os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
+
+@contextlib.contextmanager
+def shielded():
+    "Processes that are started inside leave Ctrl-C to this one from their first moment on; one that comes meanwhile arrives afterwards"
+    if not hasattr(signal, "pthread_sigmask"): yield; return      # Windows
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try: yield
+    finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 # %% ../nbs/00b_files.ipynb #f2d033f1
 class WorkerDied(RuntimeError):

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'MAX_SIDE', 'CONVERT_OFFICIAL', 'PathIndex', 'path_index', 'affinity', 'affinity_matrix',
-           'chebyshev_coefficients', 'random_walk', 'mask_edges', 'ResNet50Stages', 'TimmStages', 'CnnStages',
-           'ConformerStages', 'ResNetStages', 'IRNet', 'pair_labels', 'irn_loss', 'ir_label', 'IRViews', 'save_mask',
-           'IRNetConfig', 'train_irnet', 'set_mean_shift', 'load_irnet', 'edge_displacement', 'edge_map',
+           'chebyshev_coefficients', 'random_walk', 'walk_on', 'mask_edges', 'ResNet50Stages', 'TimmStages',
+           'CnnStages', 'ConformerStages', 'ResNetStages', 'IRNet', 'pair_labels', 'irn_loss', 'ir_label', 'IRViews',
+           'save_mask', 'IRNetConfig', 'train_irnet', 'set_mean_shift', 'load_irnet', 'edge_displacement', 'edge_map',
            'upsample_walk', 'walk_label', 'pseudo_mask', 'smooth_mask', 'make_ir_labels', 'make_pseudo_masks',
-           'write_official', 'import_official']
+           'files_from_seeds', 'write_official', 'import_official']
 
 # %% ../nbs/11_irnet.ipynb #256d593e
 import functools, hashlib, io, json, math, os, warnings, zipfile
@@ -25,19 +25,19 @@ from typing import Any, NamedTuple
 from accelerate import Accelerator
 from joblib import Parallel, delayed
 from PIL import Image
-from safetensors.torch import load_file
 from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from .classifier import EpochBatches, PolySGD, save_weights
 from .crf import IRN as CRF_OF_IRN, dense_crf, refine_labels, unary_from_labels
+from .conformer import read_weights
 from .data import to_tensor, check_png, image_of, weak_of
 from .scenes import Sample
 from .seeds import Seed, load_seed, save_seed
 from .training import arithmetic, device_of, make_accelerator, model_fingerprint, origin, precision_name, untouched
 from .devices import numerics, precision as computed_in
-from .files import Account, atomic_write, claimed, dead_workers_in_words, difference, follow_parent, one_at_a_time, why_left_out, write_report
+from .files import Account, atomic_write, claimed, dead_workers_in_words, difference, follow_parent, one_at_a_time, shielded, why_left_out, write_report
 from .viz import palette
 
 # %% ../nbs/11_irnet.ipynb #6c036a98
@@ -275,6 +275,21 @@ def random_walk(
     out = out.reshape(maps.shape).astype(np.float32)
     return torch.from_numpy(out).to(cam.device) if isinstance(cam, Tensor) else out
 
+# %% ../nbs/11_irnet.ipynb #5c7e0b01
+def walk_on(
+    A: sp.dia_array,           # (N,N) float64, symmetric, non-negative, ones on the diagonal
+    x: np.ndarray,             # (C,N) maps, one per row
+    steps: int,                # at least 1
+    *,
+    method: str = "chebyshev", # or "products"
+    device: Any = None,        # where torch does the products; None: scipy on the CPU
+) -> np.ndarray:               # (C,N) float64
+    "P^steps x with P = D⁻¹A, for any affinities: one diagonal per neighbor, as `affinity_matrix` gives them"
+    if method not in ("chebyshev", "products"): raise ValueError(f"method is {method!r}; choose 'chebyshev' or 'products'")
+    if not steps >= 1: raise ValueError(f"steps is {steps}; a walk takes at least 1")
+    if x.ndim != 2 or x.shape[1] != A.shape[0]: raise ValueError(f"maps of shape {x.shape} do not fit a {A.shape[0]}x{A.shape[1]} matrix; give (C,{A.shape[0]})")
+    return _walk(A, np.asarray(x, np.float64), steps, method, device)
+
 # %% ../nbs/11_irnet.ipynb #6e4ec75c
 def mask_edges(
     mask: np.ndarray,  # (H,W) labels; 255 takes no part
@@ -290,12 +305,9 @@ def mask_edges(
 
 # %% ../nbs/11_irnet.ipynb #fdf2d9c7
 def _read_state(path):
-    "Tensors of a .safetensors or a torch file; never by pickle"
-    path = Path(path)
-    if not path.exists(): raise FileNotFoundError(f"no weights {path}; train_irnet writes irnet.safetensors, and ResNet50Stages('timm') downloads ImageNet weights")
-    try: return load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # a torn file can fail in any way
-        raise ValueError(f"cannot read {path} ({type(e).__name__}: {e}); copy or train it again") from e
+    "Weights by the loader of all networks"
+    if not Path(path).exists(): raise FileNotFoundError(f"no weights {path}; train_irnet writes irnet.safetensors, and ResNet50Stages('timm') downloads ImageNet weights")
+    return read_weights(path)
 
 # %% ../nbs/11_irnet.ipynb #9b8ad77f
 class ResNet50Stages(ResNet):
@@ -975,7 +987,8 @@ def _all_images(todo, prepare, work, processes, done, ahead=False):
     with dead_workers_in_words(), Parallel(processes, return_as="generator_unordered", max_nbytes=None, initializer=follow_parent) as pool:
         for at in range(0, len(todo), 8*processes):
             jobs = [delayed(_attempt)(i, work, args) for i, args in _ready(todo[at:at + 8*processes], prepare, done)]
-            for result in pool(jobs): done(result)
+            with shielded(): results = pool(jobs)
+            for result in results: done(result)
 
 # %% ../nbs/11_irnet.ipynb #77878f16
 def _make_folder(ds, out, settings, prepare, work, processes, force, progress, what, shard=(0, 1), device=None):
@@ -1059,6 +1072,48 @@ def make_pseudo_masks(
         return out/f"{sample.id}.png", seed, find(sample), sample.image if crf else None, sample.image.shape[:2], name, options | dict(device=device)
     settings = options | dict(kind="pseudo masks", crf=crf, data=ds.fingerprint(), seeds=_folder_settings(seed_dir), **source)
     return _make_folder(ds, out, settings, prepare, _mask_file, processes, force, progress, "pseudo masks", device=device)
+
+# %% ../nbs/11_irnet.ipynb #5c7e0b04
+def _whole(path, read):
+    "Is the file there and readable? A damaged one is named"
+    try: read(path)
+    except FileNotFoundError: return False
+    except ValueError as e: print(f"redone: {e}"); return False
+    return True
+
+def files_from_seeds(
+    ds: Any,                      # data set: `len`, `ds[i] -> Sample`, `ids`, `classes`, `fingerprint()`
+    seed_dir: str|Path,           # folder of `extract_dataset`
+    out: str|Path,                # folder for the files and settings.json
+    settings: dict,               # what decides the values; data and seeds are added
+    ask: Callable,                # (sample, seed, name) -> arguments of `work`, in this process
+    work: Callable,               # (path, *arguments) writes the file, in a worker; importable, so no lambda
+    read: Callable,               # path -> anything; `ValueError` if the file is damaged
+    suffix: str = ".png",         # of the files
+    *,
+    processes: int|None = None,   # worker processes; None takes all cores
+    force: bool = False,          # replace files made with other settings
+    progress: bool = True,        # show a bar
+    what: str = "files",          # for the bar
+) -> dict:                        # computed, cached, empty: how many were made, were there, came from an empty seed; skipped: [(id, reason)]
+    "One file per image, made from its seed: the common part of methods with files of their own. An image that cannot be done is left out and named."
+    out = Path(out)
+    _check_seeds(ds, seed_dir)
+    def prepare(i):
+        sample, seed, name = _seed_of(ds, i, seed_dir)
+        return out/f"{sample.id}{suffix}", *ask(sample, seed, name)
+    with claimed(out, settings | dict(data=ds.fingerprint(), seeds=_folder_settings(seed_dir)), f"*{suffix}", force=force):
+        todo = [i for i, name in enumerate(ds.ids) if not _whole(out/f"{name}{suffix}", read)]
+        account = Account(there=len(ds) - len(todo))
+        with tqdm(total=len(ds), initial=account.there, desc=what, unit="image", disable=not progress) as bar:
+            def done(result):
+                i, skipped, notes = result
+                account.add(ds.ids[i], skipped, note=notes[0] if notes else None); bar.update()
+            _all_images(todo, prepare, work, min(processes or os.cpu_count(), len(todo)) or 1, done)
+        account.check()
+        write_report(out, (0, 1), sorted(account.skipped))
+    for note in account.notes: warnings.warn(note)
+    return dict(computed=account.computed, cached=account.there, empty=len(account.notes), skipped=sorted(account.skipped))
 
 # %% ../nbs/11_irnet.ipynb #89841cb8
 def write_official(

@@ -11,6 +11,7 @@ import difflib
 import functools
 import inspect as _python
 import io
+import numbers
 import os
 import re
 import struct
@@ -135,12 +136,19 @@ def find_class(
 def find_classes(classes, names: Names) -> list:
     "Numbers of several classes, each once; a string may hold them separated by commas."
     if isinstance(classes, str): classes = [c for c in classes.split(",") if c.strip()]
-    if isinstance(classes, int): classes = [classes]
+    if torch.is_tensor(classes) or isinstance(classes, np.ndarray): classes = classes.reshape(-1).tolist()
+    if isinstance(classes, numbers.Integral): classes = [classes]
     found = list(dict.fromkeys(find_class(c, names) for c in classes))
     if not found: raise ValueError("classes is empty: name at least one, or leave it out to take what the network predicts")
     return found
 
 # %% ../nbs/06b_photo.ipynb #481ce63a
+def _plain_model(model):
+    "The network inside of DataParallel, DistributedDataParallel or torch.compile; refused if it has no maps"
+    while not hasattr(type(model), "maps") and (inner := getattr(model, "_orig_mod", getattr(model, "module", None))) is not None: model = inner
+    if not hasattr(model, "maps"): raise ValueError(f"{type(model).__name__} has no maps(x) and cannot be explained; take a TwoBranch, a Conformer, or for method cam a CamNet")
+    return model
+
 def _fixed_size(model):
     "Input (h,w) of a ViT whose positions cannot be resized, else None"
     vit = getattr(model, "vit", None)
@@ -269,7 +277,8 @@ def _check_methods(methods):
 
 def _heats(maps, index, methods, options):
     "{method: (n,h,w) in [0,1]} of one picture"
-    out = {}
+    out, alone = {}, [m for m in methods if m != "cam"]
+    if maps.attn is None and alone: raise ValueError(f"{alone[0]} needs attention, and this network is a CNN without any; use methods='cam', or give a TwoBranch or Conformer")
     for name in methods:
         known = _python.signature(METHODS[name]).parameters
         usual = {} if name == "trans_cam" else {o: v for o, v in options.items() if o in known}      # TransCAM: one step, pull
@@ -279,7 +288,7 @@ def _heats(maps, index, methods, options):
 # %% ../nbs/06b_photo.ipynb #3d58d8b2
 def _last(model, layers):
     "Blocks as `maps` wants them; \"half\" is the last half"
-    depth = len(model.vit.blocks) if hasattr(model, "vit") else model.depth
+    depth = len(model.vit.blocks) if hasattr(model, "vit") else getattr(model, "depth", 1)  # a CNN has no blocks, and no use for the answer
     return max(1, depth // 2) if isinstance(layers, str) and layers == "half" else layers
 
 @torch.no_grad()
@@ -307,9 +316,10 @@ def _result(maps, photo, names, classes, model, ask):
     index = logits.topk(min(ask["top"], len(logits))).indices.tolist() if classes is None else classes
     k = cam.neighbors(50, grid[0] * grid[1], "ratio", True) if ask["k"] is None else ask["k"]
     heat = _heats(maps, index, ask["methods"], dict(k=k, steps=ask["steps"], direction=ask["direction"]))
+    notes = [f"the map of {TITLES[m]} is empty for {names.descriptions[i].split(',')[0]}: nothing speaks for this class" for m, h in heat.items() for i, one in zip(index, h) if not one.any()]
     settings = dict(k=k, steps=ask["steps"], direction=ask["direction"], layers=ask["layers"], grid=tuple(grid), stride=model.stride)
     return Explanation(photo.pixels, tuple(names.descriptions[i] for i in index), tuple(index), tuple(logits[index].tolist()), heat, ask["threshold"],
-                       settings, getattr(model, "weights", {}), (*photo.notes, *_notes_of(model)))
+                       settings, getattr(model, "weights", {}), (*photo.notes, *_notes_of(model), *notes))
 
 def _explain(photos, model, names, classes, size, batch_size, ask):
     "Results of all pictures in their order"
@@ -358,7 +368,7 @@ def explain(
     if batch_size < 1 or top < 1: raise ValueError(f"batch_size={batch_size}, top={top}: both must be at least 1")
     ask = dict(methods=_check_methods(methods), k=k, steps=steps, direction=direction, layers=layers, threshold=threshold, top=top)
     photos = [read_photo(i, max_pixels) for i in images]
-    if model is None: model = _pair(cnn, vit, pretrained, cnn_weights, vit_weights, output_stride, device)
+    model = _plain_model(model) if model is not None else _pair(cnn, vit, pretrained, cnn_weights, vit_weights, output_stride, device)
     names = _names_of(model, class_names)
     out = _explain(photos, model, names, None if classes is None else find_classes(classes, names), size, batch_size, ask)
     return out[0] if single else out
@@ -390,7 +400,7 @@ def inspect(
 ):                                            # an ipywidgets box, see `adcam.viz.inspector`
     "Open the attention-row inspector on a picture, in JupyterLab. Click a pixel; move k and T."
     photo = read_photo(image, max_pixels)
-    if model is None: model = _pair(cnn, vit, pretrained, cnn_weights, vit_weights, output_stride, device)
+    model = _plain_model(model) if model is not None else _pair(cnn, vit, pretrained, cnn_weights, vit_weights, output_stride, device)
     names, size = _names_of(model, class_names), _fixed_size(model) or network_size(*photo.pixels.shape[:2], size, model.stride)
     maps = _run(model, _input(photo.pixels, size)[None], layers)
     logits, (h, w) = maps.conv_logits[0], maps.cam.shape[-2:]

@@ -15,8 +15,8 @@ import joblib, numpy as np, pooch, requests
 from PIL import Image
 from scipy.io import loadmat
 from tqdm import tqdm
-from .data import COCO_COUNTS, VOC_COUNTS, Skipped, coco2014, coco_label, coco_mask, folder, read_coco, read_list, read_mask, skipped_report, usable, voc2012, voc_root
-from .scenes import atomic_write
+from .data import COCO_COUNTS, VOC_COUNTS, Skipped, check_id, coco2014, coco_label, coco_mask, folder, read_coco, read_list, read_mask, skipped_report, usable, disagreements, voc2012, voc_root
+from .files import atomic_write, dead_workers_in_words, follow_parent, sweep
 from .viz import palette
 
 # %% ../nbs/02b_sources.ipynb #3480e9bd
@@ -451,8 +451,9 @@ def _attempt(work: Callable, name: str, *args) -> tuple[str, bool | str]:
 def _convert(work: Callable, jobs: list[tuple], processes: int, desc: str, progress: bool) -> tuple[Converted, list[str]]:
     "All jobs in `processes` processes: what was done, and the ids that are good"
     if processes < 1: raise ValueError(f"processes is {processes}; it must be at least 1")
-    done = joblib.Parallel(processes, return_as="generator_unordered", batch_size="auto")(joblib.delayed(_attempt)(work, *j) for j in jobs)
-    try: results = dict(tqdm(done, total=len(jobs), desc=desc, unit="image", disable=not progress))
+    done = joblib.Parallel(processes, return_as="generator_unordered", batch_size="auto", **(dict(initializer=follow_parent) if processes > 1 else {}))(joblib.delayed(_attempt)(work, *j) for j in jobs)
+    try:
+        with dead_workers_in_words(): results = dict(tqdm(done, total=len(jobs), desc=desc, unit="image", disable=not progress))
     except OSError as e:
         if e.errno in _FULL: raise OSError(e.errno, f"disk full while writing masks ({desc}); what is there is complete. Free some space and run again, it continues") from e
         raise
@@ -512,6 +513,7 @@ def sbd_to_masks(
     "Masks of all images of VOC train, VOC val, SBD train and SBD val (12,031 of them) as palette PNGs; VOC's own wins. Resumable."
     sbd, voc = _sbd_folder(sbd_root), Path(voc_root)
     out = Path(out) if out else voc / "SegmentationClassAug"
+    sweep(out)
     ids = set().union(*_lists(voc, sbd).values())
     return _convert(_sbd_one, [(i, sbd, voc, out, num_classes) for i in sorted(ids)], processes, "SBD masks", progress)[0]
 
@@ -547,6 +549,7 @@ def _single(info: dict, annotations: list[dict], categories: list[dict]):
     from pycocotools.coco import COCO
     coco = COCO()
     coco.dataset = dict(images=[info], annotations=annotations, categories=categories)
+    coco.problems = {}
     with contextlib.redirect_stdout(io.StringIO()): coco.createIndex()
     return coco
 
@@ -564,15 +567,18 @@ def _same_photo(source: Path, target: Path) -> None:
 def _coco_one(name: str, info: dict, annotations: list[dict], categories: list[dict], image: Path, out: Path, link: bool) -> bool:
     "Mask (and photograph) of one image"
     size, target = _image_size(image), out / "SegmentationClass" / f"{name}.png"
-    if size != (info["height"], info["width"]): raise ValueError(f"{image} is {size[0]}x{size[1]}, its annotations are for {info['height']}x{info['width']} (rows x columns)")
+    claimed = info.get("height"), info.get("width")
+    if None not in claimed and size != claimed: raise ValueError(f"{image} is {size[0]}x{size[1]}, its annotations are for {claimed[0]}x{claimed[1]} (rows x columns)")
     if link: _same_photo(image, out / "JPEGImages" / f"{name}.jpg")
     if _is_good(target, len(categories), size): return False
-    try: mask = coco_mask(_single(info, annotations, categories), info["id"])
+    try: mask = coco_mask(_single(info, annotations, categories), info["id"], size)
     except Exception as e: raise ValueError(f"the annotations of {name} cannot be painted: {e!r}") from e  # pycocotools raises plain Exception
     _write_mask(target, mask)
     return True
 
 # %% ../nbs/02b_sources.ipynb #f543a37f
+def _order(i): return (isinstance(i, str), i)  # ids are numbers, of other programs perhaps words
+
 def coco_to_voc(
     root: str | Path,            # folder with annotations/instances_<split>.json and the photographs in <split>
     split: str = "train",        # train or val, also written train2014 or val2014
@@ -585,12 +591,15 @@ def coco_to_voc(
     "COCO annotations -> palette masks, list, labels.csv, classes.txt. Later objects over earlier ones, no crowds (spec baselines 9). Resumable; the list names the images that are good."
     year, root = split if split.endswith("2014") else f"{split}2014", Path(root)
     out, coco = Path(out) if out else root, read_coco(root / f"annotations/instances_{year}.json")
-    cats = [coco.cats[c] for c in sorted(coco.cats)]
-    infos = {Path(i["file_name"]).stem: i for i in sorted(coco.imgs.values(), key=lambda i: i["id"])}
+    cats = [coco.cats[c] for c in sorted(coco.cats, key=_order)]
+    infos = {check_id(Path(i["file_name"]).stem, year): i for i in sorted(coco.imgs.values(), key=lambda i: _order(i["id"]))}
+    bad = [Skipped(n, coco.problems[i["id"]]) for n, i in infos.items() if i["id"] in coco.problems]
     _claim_classes(out, [c["name"] for c in cats])
     photos = next((d for d in (root / year, root / "images" / year) if d.is_dir()), root / year)
-    jobs = [(n, i, coco.imgToAnns[i["id"]], cats, photos / i["file_name"], out, link) for n, i in infos.items()]
+    jobs = [(n, i, coco.imgToAnns[i["id"]], cats, photos / i["file_name"], out, link) for n, i in infos.items() if i["id"] not in coco.problems]
+    for sub in ("SegmentationClass", "JPEGImages"): sweep(out / sub)
     done, good = _convert(_coco_one, jobs, processes, f"COCO {split}", progress)
+    done = done._replace(skipped=sorted([*done.skipped, *bad]))
     if not good: raise ValueError(f"no image of {year} could be converted. The first, {done.skipped[0].id}: {done.skipped[0].reason}" if done.skipped else f"{year} has no images")
     _write_lists(out, year.removesuffix("2014"), {n: coco_label(coco, infos[n]["id"]).astype(int).tolist() for n in good}, [c["name"] for c in cats])
     return done
@@ -704,12 +713,22 @@ def _check_coco(root: Path, strict: bool) -> list[Row]:
     return rows
 
 # %% ../nbs/02b_sources.ipynb #c56808be
+def _agree_row(ds, first: int | None = 200) -> Row:
+    "Do masks hold what the labels name? A few may differ (small or hidden objects), half of them may not"
+    odd, n = disagreements(ds, first)
+    ok = 2 * len(odd) < n or not odd
+    how = f"no class in common, e.g. {odd[0][0]}: {odd[0][1]}; are the ids 1 to {len(ds.classes)} in the order {', '.join(ds.classes[:4])}?" if odd else ""
+    return Row(f"{'' if first is None else 'first '}masks that hold a class of the label", f"{n:,}", f"{n - len(odd):,}", ok, how)
+
 def _check_folder(root: Path, labels: str, masks: str | None) -> list[Row]:
     "Rows of a folder of one's own"
+    if masks is None and (root / "masks").is_dir(): masks = "masks"  # as `open_data` does
     try: ds = folder(root, labels, masks)
     except (ValueError, FileNotFoundError) as e: return [Row(f"images with a line in {labels}", "1 or more", "0", False, str(e))]
-    rows = [Row(f"images with a line in {labels}, {len(ds.classes)} classes", f"{len(ds):,}", f"{len(ds):,}", True)]
+    few = ", ".join(ds.classes[:8]) + (", …" if len(ds.classes) > 8 else "")
+    rows = [Row(f"images with a line in {labels}, {len(ds.classes)} classes: {few}", f"{len(ds):,}", f"{len(ds):,}", True)]
     if masks: rows.append(Row("masks (for evaluation only)", f"{len(ds):,}", f"{sum(p is not None and p.exists() for p in map(ds.mask_path, range(len(ds)))):,}", True))
+    if masks: rows.append(_agree_row(ds))
     return rows
 
 # %% ../nbs/02b_sources.ipynb #0c7d2879
@@ -736,11 +755,13 @@ def _decoded(kind: str, root: Path, labels: str, masks: str | None, workers: int
     "Rows about torn files"
     if kind == "voc2012": sets = {s: voc2012(root, s, strict=False, check=False) for s in ("train_aug", "val")}
     elif kind == "coco2014": sets = {s: coco2014(root, s, strict=False, check=False) for s in ("train", "val") if (root / f"annotations/instances_{s}2014.json").is_file()}
-    else: sets = {"folder": folder(root, labels, masks, check=False)}
+    else: sets = {"folder": folder(root, labels, masks or ("masks" if (root / "masks").is_dir() else None), check=False)}
     rows = []
     for name, ds in sets.items():
-        bad = usable(ds, workers=workers)[1]
+        try: bad = usable(ds, workers=workers)[1]
+        except ValueError as e: rows.append(Row(f"readable items of {name}", f"{len(ds):,}", "0", False, str(e))); continue
         rows.append(Row(f"readable items of {name}", f"{len(ds):,}", f"{len(ds) - len(bad):,}", not bad, "; ".join(f"{s.id}: {s.reason}" for s in bad[:3])))
+        rows += [r for r in (_agree_row(ds, None),) if not r.ok]
     return rows
 
 # %% ../nbs/02b_sources.ipynb #5b162e00

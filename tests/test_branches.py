@@ -298,10 +298,10 @@ def test_no_network(monkeypatch, tmp_path):
     import huggingface_hub
     def unreachable(*a, **k): raise OSError("network is unreachable")
     monkeypatch.setattr("timm.models._hub.hf_hub_download", unreachable)
-    with pytest.raises(ConnectionError, match='cnn_weights="'): TwoBranch("resnet10t", "test_vit", pretrained=True)
+    with pytest.raises(ConnectionError, match="--cnn-weights FILE"): TwoBranch("resnet10t", "test_vit", pretrained=True)
     cnn = timm.create_model("test_resnet")
     save_file(cnn.state_dict(), tmp_path / "c.safetensors")
-    with pytest.raises(ConnectionError, match='vit_weights="'): TwoBranch("test_resnet", "deit_tiny_patch16_224", cnn_weights=tmp_path / "c.safetensors", pretrained=True)
+    with pytest.raises(ConnectionError, match="--vit-weights FILE"): TwoBranch("test_resnet", "deit_tiny_patch16_224", cnn_weights=tmp_path / "c.safetensors", pretrained=True)
 
 
 def test_checkpoint(tmp_path):

@@ -56,11 +56,13 @@ def test_a_cnn_has_no_attention(splits):
         seed_arrays(NETWORKS["resnet_mini"].build(0, "", splits["train"]), splits, [Entry("a", "resnet_mini", "ad_cam", dict(k=5, steps=1, direction="pull"))])
 
 
-@pytest.mark.parametrize("name, method, options", [("recam_mini", "recam", {}), ("patch_mini", "ts_cam", dict(head="patch"))])
+@pytest.mark.parametrize("name, method, options", [("recam_mini", "recam", {}), ("patch_mini", "ts_cam", dict(head="patch")), ("seam_mini", "seam", {}), ("oaa_mini", "cam", {})])
 def test_networks_that_learn_a_head_first(splits, name, method, options, monkeypatch):
     import adcam.compare as compare
     from dataclasses import replace
     monkeypatch.setattr(compare, "RECAM_MINI", replace(compare.RECAM_MINI, epochs=1, crop=64))
+    for short in ("SEAM_MINI", "INTEGRAL_MINI"): monkeypatch.setattr(compare, short, replace(getattr(compare, short), epochs=1, crop=64))
+    monkeypatch.setattr(compare, "MINI_TRAIN", replace(compare.MINI_TRAIN, epochs=2, crop=64))
     monkeypatch.setattr(compare, "PATCH_HEAD", replace(compare.PATCH_HEAD, steps=3))
     arrays = seed_arrays(NETWORKS[name].build(0, "", splits["train"]), {"val": splits["val"]}, [Entry("a", name, method, options)])
     assert arrays["maps_val_0"].shape[1:] == (12, 12) and np.isfinite(arrays["maps_val_0"]).all()
@@ -105,3 +107,15 @@ def test_segmentation_learns_from_the_masks_it_is_given(splits, counts):
     with pytest.raises(ValueError, match="object|background|train"): segmentation_counts("deeplabv2_mini", empty + 255, splits, crf=False, **small)
     assert [(r["split"], r["crf"]) for r in segmentation_rows(truth)] == [("val", False), ("test", False)]
     with pytest.raises(ValueError, match="choose one of deeplabv2_mini, upernet_mini"): segmentation_counts("fcn", None, splits)
+
+
+def test_psa_changes_the_walk_and_nothing_else(splits, arrays, counts):
+    other = pseudo_counts(TINY, splits, {s: seeds_from(arrays, s, 2, (96, 96)) for s in SPLITS}, refine="psa")
+    for v in ("seed", "perfect"): np.testing.assert_array_equal(other[f"hist_test_{v}"], counts[f"hist_test_{v}"])
+    assert (other["hist_test_walk"] != counts["hist_test_walk"]).any() and other["hist_test_walk"].sum() == counts["hist_test_walk"].sum()
+    assert other["labels"].sum() == counts["labels"].sum() and other["masks"].shape == counts["masks"].shape
+
+
+def test_entries_with_psa():
+    assert Entry("x", "resnet_mini", "cam", refine="psa").check().refine == "psa" and Entry("x", "resnet_mini", "cam").refine == "irn"
+    with pytest.raises(ValueError, match="choose irn or psa"): Entry("x", "resnet_mini", "cam", refine="crf").check()

@@ -1,5 +1,6 @@
 "adcam.irnet against the goldens of official IRN, and what it does with bad input."
 import json
+import re
 
 import numpy as np
 import pytest
@@ -271,7 +272,7 @@ def test_folders_by_two_processes_equal_one(seeds, tmp_path):
     ds = Photos()
     for name, make in (("labels", lambda out, n: irnet.make_ir_labels(ds, seeds, out, processes=n, progress=False)),
                        ("masks", lambda out, n: irnet.make_pseudo_masks(ds, seeds, perfect, out, processes=n, progress=False, crf=True))):
-        for n in (1, 2): assert make(tmp_path/f"{name}{n}", n) == dict(computed=6, cached=0, empty=0)
+        for n in (1, 2): assert make(tmp_path/f"{name}{n}", n) == dict(computed=6, cached=0, empty=0, skipped=[])
         one, two = files(tmp_path/f"{name}1"), files(tmp_path/f"{name}2")
         assert one == two and len(one) == 7
 
@@ -283,7 +284,7 @@ def test_folder_continues_and_redoes_damaged_files(seeds, tmp_path, capsys):
     good = files(out)
     (out/"p1.png").unlink()
     (out/"p2.png").write_bytes(good["p2.png"][:60])
-    assert make() == dict(computed=2, cached=4, empty=0) and files(out) == good
+    assert make() == dict(computed=2, cached=4, empty=0, skipped=[]) and files(out) == good
     assert "p2.png" in capsys.readouterr().out
     with pytest.raises(ValueError, match="background: 0.25 there, 0.4 now"):
         make(background=.4)
@@ -291,13 +292,13 @@ def test_folder_continues_and_redoes_damaged_files(seeds, tmp_path, capsys):
     assert make(background=.4, force=True)["computed"] == 6 and files(out) != good
 
 
-def test_an_error_in_a_worker_is_raised_and_leaves_whole_files(seeds, tmp_path):
+def test_an_image_that_fails_in_a_worker_is_named_and_the_others_are_made(seeds, tmp_path):
     def torn(sample): return perfect(sample)[:-1] if sample.id == "p3" else perfect(sample)
     for n in (1, 2):
-        with pytest.raises(ValueError, match="edge map is"):
-            irnet.make_pseudo_masks(Photos(), seeds, torn, tmp_path/f"m{n}", processes=n, progress=False)
+        done = irnet.make_pseudo_masks(Photos(), seeds, torn, tmp_path/f"m{n}", processes=n, progress=False)
+        assert done["computed"] == 5 and [i for i, _ in done["skipped"]] == ["p3"] and "edge map is" in done["skipped"][0][1]
         left = files(tmp_path/f"m{n}")
-        assert "p3.png" not in left and not [f for f in left if f.endswith(".tmp")]
+        assert len([f for f in left if f.endswith(".png")]) == 5 and "p3.png" not in left and not [f for f in left if f.endswith(".tmp")]
         for f in left:
             if f.endswith(".png"): read(tmp_path/f"m{n}"/f)
 
@@ -319,14 +320,17 @@ def test_folder_names_the_bad_seed(seeds, tmp_path, fault, error, text):
     if fault == "missing": path.unlink()
     elif fault == "other image": path.write_bytes((bad/"p3.npz").read_bytes())
     elif fault == "torn": path.write_bytes(path.read_bytes()[:200])
+    elif fault == "nan": np.savez(path, keys=seed.keys, cam=seed.cam*np.nan, high_res=seed.high_res*np.nan)
     else: save_seed(path, {"other class": seed._replace(keys=np.flatnonzero(1 - ds[4].label)[:1], cam=seed.cam[:1], high_res=seed.high_res[:1]),
-                           "unknown class": seed._replace(keys=seed.keys + 7), "nan": seed._replace(cam=seed.cam*np.nan, high_res=seed.high_res*np.nan),
+                           "unknown class": seed._replace(keys=seed.keys + 7),
                            "zero": seed._replace(cam=0*seed.cam, high_res=0*seed.high_res)}[fault])
     for make in (irnet.make_ir_labels, lambda *a, **kw: irnet.make_pseudo_masks(a[0], a[1], perfect, *a[2:], **kw)):
         out = tmp_path/f"out{make.__name__}"
-        if error:
+        if error is FileNotFoundError:
             with pytest.raises(error, match=text): make(ds, bad, out, processes=1, progress=False)
-            assert not (out/"p4.png").exists()
+        elif error:
+            ((name, why),) = make(ds, bad, out, processes=1, progress=False)["skipped"]
+            assert name == "p4" and re.search(text, why) and len(list(out.glob("*.png"))) == 5 and not (out/"p4.png").exists()
         else:
             with pytest.warns(UserWarning, match=text): assert make(ds, bad, out, processes=1, progress=False)["empty"] == 1
             assert not read(out/"p4.png").any()

@@ -113,7 +113,7 @@ def test_files_that_are_not_there(tmp_path):
 def test_a_huge_picture_is_refused_before_it_is_unpacked(tmp_path):
     Image.new("1", (12_000, 12_000)).save(tmp_path / "huge.png")          # 20 kB on disk, 432 MB as RGB
     limit, before = Image.MAX_IMAGE_PIXELS, psutil.Process().memory_info().rss
-    with pytest.raises(ValueError, match="144 million pixels, the limit is 50 million.*raise max_pixels"): read_photo(tmp_path / "huge.png")
+    with pytest.raises(ValueError, match="144 million pixels, the limit is 50 million.*--max-megapixels"): read_photo(tmp_path / "huge.png")
     assert psutil.Process().memory_info().rss - before < 50e6 and Image.MAX_IMAGE_PIXELS == limit
     with pytest.raises(ValueError, match="limit is 0 million"): read_photo(PICTURE, max_pixels=6000)
     assert read_photo(PICTURE, max_pixels=64 * 96).pixels.shape == PICTURE.shape
@@ -121,7 +121,7 @@ def test_a_huge_picture_is_refused_before_it_is_unpacked(tmp_path):
 
 def test_the_limit_can_be_raised(tmp_path):
     Image.new("L", (3000, 2000)).save(tmp_path / "m.png")
-    with pytest.raises(ValueError, match="raise max_pixels"): read_photo(tmp_path / "m.png", max_pixels=5_000_000)
+    with pytest.raises(ValueError, match="--max-megapixels"): read_photo(tmp_path / "m.png", max_pixels=5_000_000)
     assert read_photo(tmp_path / "m.png", max_pixels=6_000_000).pixels.shape == (2000, 3000, 3)
 
 
@@ -129,7 +129,7 @@ def test_the_limit_can_be_raised(tmp_path):
     (PICTURE[:1, :1], "1x1 pixels"), (PICTURE[:0], "96x0"), (PICTURE[:, :0], "0x64"), (PICTURE[:MIN_SIDE - 1], "at least"), (np.zeros((20, 20, 2), np.uint8), "C = 1, 3 or 4"), (np.zeros((2, 3, 20, 20), np.uint8), "shape"),
     (np.zeros(20, np.uint8), "shape"), (PICTURE.astype(np.int32), "dtype int32"), (PICTURE.astype(float), "before normalization"), (PICTURE / 255 - .5, "before normalization"),
     (PICTURE * np.nan, "NaN"), (torch.zeros(3, 20, 20, dtype=torch.long), "dtype int64"), (np.zeros((20, 20, 3), bool), "dtype bool"), (np.zeros((20, 20, 3), complex), "dtype complex"),
-    (None, "NoneType"), (7, "type int"), (b"abc", "type bytes"), (Image.new("I;16", (20, 20)), "8 bits"), (Image.new("F", (20, 20)), "8 bits"), (Image.new("RGB", (0, 9)), "0x9")])
+    (None, "NoneType"), (7, "type int"), (b"abc", "type bytes"), (Image.new("F", (20, 20)), "8 or 16 bits"), (Image.new("RGB", (0, 9)), "0x9")])
 def test_what_is_no_picture(bad, word):
     with pytest.raises(ValueError, match=word): read_photo(bad)
 

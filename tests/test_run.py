@@ -143,3 +143,17 @@ def test_options_of_a_method_come_from_the_profile():
     assert method_options(p, "ad_cam")["k"] == 20 and method_options(p, "ad_cam", k=7)["k"] == 7
     assert method_options(p, "cam") == method_options(p, "trans_cam") == {}
     with pytest.raises(ValueError, match="no option 'kk'"): method_options(p, "ad_cam", kk=3)
+
+
+# ---- the other way from seeds to masks
+
+def test_psa_in_the_place_of_irn(tmp_path):
+    go = lambda **o: run(profiles["mini"], "mini", tmp_path, limit=2, progress=False, **dict(refine="psa") | o)
+    first = go()
+    assert [r["stage"] for r in first.rows if "seconds" in r] == ["data", "classifier", "seeds", "PSA scores", "AffinityNet", "pseudo masks"]
+    assert len(list((tmp_path / "pseudo_masks").glob("*.png"))) == 2 and (tmp_path / "psa/affinity.safetensors").is_file()
+    again = go()
+    assert [r["note"] for r in again.rows if r["stage"] in ("PSA scores", "pseudo masks")] == ["0 computed, 2 were there"]*2
+    assert [r["miou"] for r in again.rows if "miou" in r] == [r["miou"] for r in first.rows if "miou" in r]
+    with pytest.raises(ValueError, match="refine is 'crf'; choose one of irn, psa"): go(refine="crf")
+    with pytest.raises(ValueError, match="choose another folder"): go(refine="irn")

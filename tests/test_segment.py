@@ -392,12 +392,12 @@ def test_what_cannot_be_predicted(trained):
 
 def test_a_folder_of_predictions(trained, tmp_path, capsys):
     net, few = trained[0], Blobs(5, masks=False)
-    assert predict_dataset(net, few, tmp_path/"a", processes=1, progress=False) == dict(computed=5, cached=0)
+    assert predict_dataset(net, few, tmp_path/"a", processes=1, progress=False) == dict(computed=5, cached=0, skipped=[])
     with Image.open(tmp_path/"a/blob_001.png") as im:
         assert im.mode == "P" and (np.array(im) == predict(net, few[1].image)).all()
     data = (tmp_path/"a/blob_001.png").read_bytes()
     (tmp_path/"a/blob_001.png").write_bytes(data[:60]); (tmp_path/"a/blob_003.png").unlink()
-    assert predict_dataset(net, few, tmp_path/"a", processes=2, progress=False) == dict(computed=2, cached=3)
+    assert predict_dataset(net, few, tmp_path/"a", processes=2, progress=False) == dict(computed=2, cached=3, skipped=[])
     assert (tmp_path/"a/blob_001.png").read_bytes() == data and "redone" in capsys.readouterr().out
     with pytest.raises(ValueError, match="crf: True there, False now"): predict_dataset(net, few, tmp_path/"a", crf=False, processes=1, progress=False)
     assert predict_dataset(net, few, tmp_path/"a", crf=False, processes=1, force=True, progress=False)["computed"] == 5
@@ -407,7 +407,7 @@ def test_a_folder_of_predictions(trained, tmp_path, capsys):
 def test_shards_make_the_whole(trained, tmp_path):
     few = Blobs(5)
     assert [predict_dataset(trained[0], few, tmp_path, crf=False, shard=(r, 2), processes=1, progress=False)["computed"] for r in (0, 1)] == [3, 2]
-    assert predict_dataset(trained[0], few, tmp_path, crf=False, processes=1, progress=False) == dict(computed=0, cached=5)
+    assert predict_dataset(trained[0], few, tmp_path, crf=False, processes=1, progress=False) == dict(computed=0, cached=5, skipped=[])
     with pytest.raises(ValueError, match="shard is"): predict_dataset(trained[0], few, tmp_path, shard=(2, 2))
 
 

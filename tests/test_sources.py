@@ -503,7 +503,7 @@ def test_coco_annotations_that_cannot_be_painted_and_foreign_folders(odd):
     path = root / "annotations/instances_val2014.json"
     d = json.loads(path.read_text()); d["annotations"][0]["segmentation"] = "nonsense"; path.write_text(json.dumps(d))
     done = S.coco_to_voc(root, "val", progress=False)
-    assert [s.id for s in done.skipped] == ["COCO_val2014_000000000001"] and "cannot be painted" in done.skipped[0].reason
+    assert [s.id for s in done.skipped] == ["COCO_val2014_000000000001"] and "its outline is str" in done.skipped[0].reason
     with pytest.raises(FileNotFoundError, match="instances_train2014.json"): S.coco_to_voc(root, "train", progress=False)
     (odd / "other").mkdir(); (odd / "other/classes.txt").write_text("a\nb\n")
     with pytest.raises(ValueError, match="names other classes"): S.coco_to_voc(root, "val", odd / "other", progress=False)
