@@ -260,7 +260,7 @@ def test_make_help_lists_every_target():
 @pytest.mark.parametrize("path", PAPER, ids=name_of)
 def test_make_runs_every_figure_at_full_size(path):
     target = {"fig4": "figure4"}.get(path.stem, path.stem)
-    folder = {"photos": "photos", "coco": "coco"}.get(path.stem, "mini")
+    folder = {"photos": "photos", "coco": "coco", "claims": "claims"}.get(path.stem, "mini")
     plan = subprocess.run(["make", "-n", target, "VENV=", "DATA=x"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "papermill -k python3 " in plan and f"{name_of(path)} results/{folder}/{path.stem}.ipynb -f configs/{path.stem}.yaml" in plan
 
