@@ -74,7 +74,7 @@ theorem41: install ## Theorem 4.1 checked on random neighborhoods
 fig1: install ## Figure 1: heat maps of a CNN, a ViT, TS-CAM and AD-CAM with their FP and FN
 	$(call paper,fig1)
 
-table1: install ## Table 1: nine methods from seeds to segmentation networks (an hour on two cores)
+table1: install ## Table 1: ten methods from seeds to segmentation networks (an hour to an hour and a half on two cores)
 	$(call paper,table1)
 
 table2: install ## Table 2: what training and extraction of each method cost
