@@ -290,7 +290,7 @@ def class_views(
     "What `extract` merges: all views through the network and the method"
     if model.training: raise ValueError("the network is in training mode (dropout, batch statistics); call model.eval() before extracting seeds")
     half = next((p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype not in (torch.float32, torch.float64)), None)
-    if half: raise ValueError(f"the network is in {str(half).removeprefix('torch.')}; call model.float() and choose precision='bf16' or 'fp16', which keeps attention and similarity exact")
+    if half: raise ValueError(f"the network is in half precision ({str(half).removeprefix('torch.')}); call model.float() first and choose precision='bf16' or 'fp16', which keeps attention and similarity exact")
     f, keys = resolve(method, options), positive_classes(label, model.num_classes)
     if not len(scales): raise ValueError("scales is empty; give at least one factor, e.g. (1.0,)")
     options |= {n: v for n, v in dict(others=others, name=name).items() if n in inspect.signature(f).parameters}

@@ -471,7 +471,7 @@ def test_wrapped_and_wrong_networks():
     with pytest.raises(ValueError, match="ad_cam needs attention|ts_cam needs attention"): explain(image, 1, model=CamNet("test_resnet", 4).eval(), size=64)
     with pytest.raises(ValueError, match="Linear has no maps"): explain(image, 1, model=torch.nn.Linear(2, 2), size=64)
     from adcam.seeds import extract
-    with pytest.raises(ValueError, match=r"in float16; call model.float\(\)"): extract(net.half(), image, np.eye(4)[1], "cam")
+    with pytest.raises(ValueError, match=r"half precision \(float16\); call model.float\(\)"): extract(net.half(), image, np.eye(4)[1], "cam")
 
 
 # ---- kind 13: hostile input
