@@ -788,7 +788,8 @@ def _split_names(cell, classes):
     cell = cell.strip()
     if classes and cell in classes: return [cell]
     if cell.lower() in _EMPTY: return []
-    return _list_of(cell) or cell.split()
+    found = _list_of(cell)                                          # `;` alone is a list, of nothing
+    return cell.split() if found is None else found
 
 def _guessed(path, cells):
     "Class names of a table without a list of classes; a name that looks like a slip is refused"

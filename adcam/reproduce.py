@@ -159,4 +159,4 @@ def main(
     print(beside(rows) + ("\nonly {} images: the way was tested, the numbers mean nothing".format(a.limit) if a.limit else ""))
     return 0
 
-if __name__ == "__main__" and "ipykernel" not in sys.modules: sys.exit(main())
+if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())

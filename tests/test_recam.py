@@ -201,7 +201,7 @@ def test_training_learns_and_resumes_to_the_bit(scenes, tmp_path):
     def stop(model, epochs, rows):
         if epochs == 1: raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt): train_recam(small(), scenes, TINY, out=tmp_path/"b", progress=False, callback=stop)
-    again = small(5)
+    again = small()
     rows = train_recam(again, scenes, TINY, out=tmp_path/"b", progress=False)
     assert rows == history and model_fingerprint(again) == model_fingerprint(whole)
     assert not whole.training and torch.equal(whole.backbone_net.bn.running_mean, torch.zeros(5))  # the statistics are frozen
