@@ -24,7 +24,7 @@ def normalize(
     how="max",  # "max": divide by the maximum (IRN, Eq. 2); "minmax": stretch to [0,1] (SEAM, TransCAM, TS-CAM)
     eps=1e-5,   # keeps an empty map empty
 ):              # (B,K,h,w), in [0,1] if the maps are non-negative
-    "Maps scaled to [0,1] per image and class (Eq. 2; spec B.8)"
+    "Maps scaled to [0,1] per image and class (Eq. 2; DEPARTURES.md)"
     _choice("how", how, ("max", "minmax"))
     top = cam.amax((-2, -1), keepdim=True)                                   # (B,K,1,1)
     if how == "max": return cam / (top.clamp_min(0) + eps)                   # (B,K,h,w)
@@ -110,7 +110,7 @@ def patch_attention(
     layers=None,          # None or "all", an int n for the last n blocks, or a list of block indices
     renorm="after_mean",  # unit rows after the mean over blocks, "per_layer" before it, or "none"
 ):                        # (B,N,N) float64, rows sum to 1 (with "none": to less)
-    "The paper's attention matrix A: mean over blocks, class token cut, rows sum to 1 (paper 4.2; spec B.3, B.4)"
+    "The paper's attention matrix A: mean over blocks, class token cut, rows sum to 1 (paper 4.2; DEPARTURES.md)"
     _choice("renorm", renorm, ("after_mean", "per_layer", "none"))
     blocks = _blocks(_check_attention(attn), layers).unbind(1)              # L times (B,1+N,1+N)
     A = _block_sum(blocks, _unit_rows if renorm == "per_layer" else lambda A: A)  # (B,N,N)
@@ -132,7 +132,7 @@ def crop_maps(
     size,           # (h, w): rows and columns of the token grid that are kept
     start=(0, 0),   # first row and column kept; (0, W - w) for a mirrored view, whose padding is on the left
 ):                  # the same kind of object, cam (B,K,h,w) and attn (B,L,1+h*w,1+h*w); all else (the logits) unchanged
-    "Cut padding tokens out of class maps and attention, before rows are normalized (spec B.9)"
+    "Cut padding tokens out of class maps and attention, before rows are normalized (DEPARTURES.md)"
     H, W = maps.cam.shape[-2:]
     (y, x), (h, w) = start, size
     if not (0 <= y < y + h <= H and 0 <= x < x + w <= W):
@@ -172,7 +172,7 @@ def top_k(
     S,  # (B,N,N) or (N,N) similarity
     k,  # entries kept per row, 1 <= k <= N
 ):      # bool, the same shape, exactly k True in a row
-    "TOP(S,k) of Eq. 7 as a mask: the k largest of each row, of equal ones those with the lower index (spec B.6)"
+    "TOP(S,k) of Eq. 7 as a mask: the k largest of each row, of equal ones those with the lower index (DEPARTURES.md)"
     _check_k(k, S.shape[-1])
     if not _later() and S.isnan().any(): raise ValueError("S contains NaN: check the attention it was made from")
     kth = S.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)  # (B,N,1)
@@ -203,7 +203,7 @@ def refine(
     self_="in",     # the patch itself: one of the k ("in"), never kept ("excluded"), kept on top of k others ("extra")
     S=None,         # co-neighbor similarity, if already computed
 ):                  # the same shape in float64, rows sum to 1
-    "Refined attention A~ (Eq. 7): what a patch attends to, cut down to its k nearest neighbors in S (spec B.6, B.7)"
+    "Refined attention A~ (Eq. 7): what a patch attends to, cut down to its k nearest neighbors in S (DEPARTURES.md)"
     _choice("mask", mask, ("binary", "weight"))
     A = _wide(A)                                                         # (B,N,N)
     if S is None: S = co_neighbor(A)                                     # (B,N,N)
@@ -224,7 +224,7 @@ def diffuse(
     steps,             # T >= 0
     direction="push",  # "push": M <- A^T M, what the paper's text says; "pull": M <- A M
 ):                     # (B,K,h,w) in the precision of A or M, the wider one
-    "Attention-based diffusion (Eq. 8, with misprint M7 mended; spec B.1, B.2)"
+    "Attention-based diffusion (Eq. 8, with misprint M7 mended; DEPARTURES.md)"
     _choice("direction", direction, ("push", "pull"))
     _check_steps(steps)
     if M.ndim != 4: raise ValueError(f"M has shape {tuple(M.shape)}: expected (B, K, h, w)")
@@ -278,7 +278,7 @@ def ts_cam(
     head="token",     # "token": class maps of the CNN branch; "patch": those of TS-CAM's patch head
     relu=True,        # False: signed maps, as TS-CAM's own code leaves them
 ):                    # (B,n,h,w), non-negative unless relu=False
-    "TS-CAM: attention of the class token, summed over blocks, times class maps (spec C.1; head \"token\" is its reading b, \"patch\" its reading a)"
+    "TS-CAM: attention of the class token, summed over blocks, times class maps (TS-CAM, Gao et al. 2021; head \"token\" is its reading b, \"patch\" its reading a)"
     name = _class_maps_of(maps, head)
     cam = _cam(maps, classes, relu, prenorm, name)                       # (B,n,h,w)
     attn = _blocks(_check_attention(_grid_attention(maps, name)), layers)  # (B,L,1+N,1+N)
@@ -294,7 +294,7 @@ def trans_cam(
     layers=None,       # blocks, as in patch_attention
     classes=None,      # class indices wanted; None: all K
 ):                     # (B,n,h,w), non-negative
-    "TransCAM's coupling: attention summed over blocks and not renormalized, times the signed CAM, then ReLU (spec C.2)"
+    "TransCAM's coupling: attention summed over blocks and not renormalized, times the signed CAM, then ReLU (TransCAM, Li et al. 2022)"
     cam = _cam(maps, classes, relu=False)                                # (B,n,h,w) signed
     attn = _blocks(_check_attention(_grid_attention(maps)), layers)      # (B,L,1+N,1+N)
     A = _block_sum(attn.unbind(1))                                       # (B,N,N)
@@ -311,7 +311,7 @@ def att_diffu(
     relu_before=True,     # False: diffuse signed maps, ReLU after
     classes=None,         # class indices wanted; None: all K
 ):                        # (B,n,h,w), non-negative
-    "Diffusion along the raw attention, without Eq. 7: the row 'Att-Diffu only' of Table 3 (spec B.17)"
+    "Diffusion along the raw attention, without Eq. 7: the row 'Att-Diffu only' of Table 3 (DEPARTURES.md)"
     cam = _cam(maps, classes, relu_before, prenorm)                      # (B,n,h,w)
     A = patch_attention(_grid_attention(maps), layers, renorm)           # (B,N,N)
     return _out(diffuse(cam, A, steps, direction), maps)                 # (B,n,h,w)
@@ -324,7 +324,7 @@ def neighbors(
     clip_k=False,    # True: a grid with fewer than k patches keeps them all (small scales of a multi-scale run)
     self_="in",      # as in refine: with "excluded" and "extra" there are N-1 to choose from
 ):                   # int
-    "How many neighbors a patch keeps on a grid of `N` patches (spec B.9)"
+    "How many neighbors a patch keeps on a grid of `N` patches (DEPARTURES.md)"
     _choice("k_mode", k_mode, ("fixed", "ratio"))
     most = N if self_ == "in" else N - 1
     if k_mode == "ratio" and k >= 1: k = max(1, int(k * N / 576 + .5))

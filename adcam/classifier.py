@@ -228,7 +228,7 @@ def _set_rates(optimizer, step, total, c):
 
 # %% ../nbs/04_classifier.ipynb #ca833d60
 class PolySGD(torch.optim.SGD):
-    "SGD with polynomial decay as official IRN runs it (spec baselines 0.1); its schedule is part of its state"
+    "SGD with polynomial decay as official IRN runs it (IRN, Ahn et al. 2019); its schedule is part of its state"
     def __init__(self,
                  groups: list[dict],           # dict(params=..., lr=..., name=...) each; the name is for the log
                  total: int,                   # T, steps until the rate would be 0

@@ -388,6 +388,7 @@ def _rows(folder: Path, ds, fixed: float) -> tuple:
         raise ValueError(f"none of the {len(ds)} seeds can be compared. The first: {odd[0][1]}")
     return side_by_side(counts, fixed), odd
 
+# %% ../nbs/14_cli.ipynb #2d6a91f3
 @app.command()
 def evaluate(
     folder: Annotated[Path, typer.Argument(help="Folder written by `adcam seeds`.")],
@@ -566,6 +567,7 @@ def _irn_recipe(name: str) -> dict:
 
 Pair = Annotated[Optional[str], typer.Option("--network", help="A pair CNN+VIT, or the timm name of a CNN: its CNN with the weights of --cnn-weights is the backbone.")]
 
+# %% ../nbs/14_cli.ipynb #48aada26
 def _irnet(data: str, classes: int, conformer: Optional[Path], seed: int, imagenet: Optional[str] = None, network: Optional[str] = None, cnn: Optional[Path] = None):
     "IRNet on ResNet-50 (folders), on the pre-trained resnet_mini (Scenes), on the CNN of a pair (--network), or on the CNN branch of a small Conformer (--conformer)."
     from adcam.cnn import mini_path, resnet_mini
@@ -620,6 +622,7 @@ def _path_of(ds, i: int) -> Path:
     from adcam.data import Subset
     return ds.ds.image_path(ds.indices[i]) if isinstance(ds, Subset) else ds.image_path(i)
 
+# %% ../nbs/14_cli.ipynb #86a2c469
 @irnet_app.command("train")
 def irnet_train(
     labels: Annotated[Path, typer.Argument(help="Folder written by `adcam irnet labels`.")],
@@ -763,6 +766,7 @@ def _none_or(name: str, text: str):
         raise ValueError(f"--set {name}={text}: give {'true or false' if kind is bool else 'a whole number'}, or none")
     return value
 
+# %% ../nbs/14_cli.ipynb #d8f54bf7
 def _seg_config(profile, change: list, **given):
     "The recipe of the profile's network, changed by `--set name=value` and by what was given."
     from dataclasses import fields
@@ -1147,6 +1151,7 @@ def paper(
         given["out_dir"] = str(out)
     _execute(notebook, out / notebook.name, given)
 
+# %% ../nbs/14_cli.ipynb #059486da
 @contextlib.contextmanager
 def _own_kernel():
     "While this is open the kernel `python3` is the interpreter that runs now, whatever kernels are installed under that name."

@@ -206,7 +206,7 @@ def check_differentiable(model:nn.Module # network whose image or weights are to
 # %% ../nbs/09_cnn.ipynb #ea9f7c91
 @dataclass(frozen=True)
 class SGDConfig(TrainConfig):
-    "IRN's recipe for its CAM network (spec baselines 1.2). The rates and schedules of AdamW are not used"
+    "IRN's recipe for its CAM network (IRN, Ahn et al. 2019). The rates and schedules of AdamW are not used"
     lr_backbone:float = 0.1 # learning rate of the pre-trained layers, at the start
     lr_head:float = 1.0 # learning rate of the classifier, at the start
     momentum:float|None = None # None: the weight decay, as in the official code; see PolySGD

@@ -25,7 +25,7 @@ def _relu(x): return F.relu(x, inplace=True)  # of a tensor that nobody else rea
 
 # %% ../nbs/03_conformer.ipynb #21179501
 class ConvBlock(nn.Module):
-    "Bottleneck 1x1 -> 3x3 -> 1x1 with a shortcut; returns its output and the inner map `x2` (spec A.4)"
+    "Bottleneck 1x1 -> 3x3 -> 1x1 with a shortcut; returns its output and the inner map `x2` (Conformer, Peng et al. 2021)"
     def __init__(self,
                  cin:int, # channels of the input
                  cout:int, # channels of the output; the inner maps have a quarter of them
@@ -72,7 +72,7 @@ def whole_attention(q:Tensor, # (B,heads,n,d)
 
 # %% ../nbs/03_conformer.ipynb #2c40b740
 class Attention(nn.Module):
-    "Multi-head self-attention that hands back its attention matrix when asked (spec A.5)"
+    "Multi-head self-attention that hands back its attention matrix when asked (Conformer, Peng et al. 2021)"
     whole:bool|None = None # attention in one piece? None: on a GPU, if it fits; `Conformer.set_whole_attention` sets it
     def __init__(self,
                  dim:int, # width of a token
@@ -119,7 +119,7 @@ class Mlp(nn.Module):
 
 # %% ../nbs/03_conformer.ipynb #c2d6bb73
 class TransBlock(nn.Module):
-    "Pre-norm transformer block (spec A.5)"
+    "Pre-norm transformer block (Conformer, Peng et al. 2021)"
     def __init__(self,
                  dim:int, # width of a token
                  heads:int, # attention heads
@@ -140,7 +140,7 @@ def _cut(x, yes): return x.detach() if yes else x
 
 # %% ../nbs/03_conformer.ipynb #663a2fc4
 class FCUDown(nn.Module):
-    "From the CNN to the transformer: project, average-pool to the token grid, normalize (spec A.6)"
+    "From the CNN to the transformer: project, average-pool to the token grid, normalize (Conformer, Peng et al. 2021)"
     def __init__(self,
                  cin:int, # channels of x2
                  dim:int, # width of a token
@@ -161,7 +161,7 @@ class FCUDown(nn.Module):
 
 # %% ../nbs/03_conformer.ipynb #6235fc14
 class FCUUp(nn.Module):
-    "From the transformer to the CNN: project, normalize, repeat every token d x d times (spec A.6)"
+    "From the transformer to the CNN: project, normalize, repeat every token d x d times (Conformer, Peng et al. 2021)"
     def __init__(self,
                  dim:int, # width of a token
                  cout:int, # channels that the fusion block expects
@@ -186,7 +186,7 @@ STOP_GRAD = dict(none=(None, None), input=("input", "input"), output=("output", 
 
 # %% ../nbs/03_conformer.ipynb #0afdb03f
 class ConvTransBlock(nn.Module):
-    "One coupled block: CNN, note to the transformer, transformer, note back, CNN (spec A.7)"
+    "One coupled block: CNN, note to the transformer, transformer, note back, CNN (Conformer, Peng et al. 2021)"
     def __init__(self,
                  cin:int, # channels of the conv map that comes in
                  cout:int, # channels of the conv map that goes out
@@ -241,7 +241,7 @@ def _check_variant(v):
 
 # %% ../nbs/03_conformer.ipynb #03c47b45
 def _block_plan(v, last_block):
-    "(number, channels in, channels out, d, stride, last) of every coupled block; the order of spec A.7"
+    "(number, channels in, channels out, d, stride, last) of every coupled block; the order of Conformer, Peng et al. 2021"
     out = [(c, v.patch >> s, 2 if s and not j else 1) for s, (c, n) in enumerate(zip(v.channels, v.depths)) for j in range(n)]
     plan = [(i, out[i-2][0], c, d, stride, 0) for i, (c, d, stride) in enumerate(out, 1) if i>1]
     if last_block=="drop": return plan[:-1]
@@ -302,7 +302,7 @@ class _Branches(nn.Module):
 
 # %% ../nbs/03_conformer.ipynb #280a2481
 class PatchHead(nn.Conv2d):
-    "TS-CAM's head: class maps by a 3x3 convolution over the patch tokens, logits are their means (spec C.1)"
+    "TS-CAM's head: class maps by a 3x3 convolution over the patch tokens, logits are their means (TS-CAM, Gao et al. 2021)"
     def __init__(self,
                  dim:int, # D, width of a token
                  num_classes:int # K
@@ -435,14 +435,14 @@ class _Switches(_Readout):
         for block, r in zip([self.trans_1] + [b.trans_block for b in self.coupled_blocks()], rates): block.drop_path.drop_prob = r
 
     def param_groups(self) -> dict[str,list[str]]: # parameter names of the groups "vit" and "cnn"
-        "Split all parameters by the branch that trains them (spec B.15)"
+        "Split all parameters by the branch that trains them (DEPARTURES.md)"
         vit = {"cls_token", "trans_patch_conv", "trans_1", "trans_norm", "trans_cls_head", "squeeze_block", "trans_block"}
         names = [n for n, _ in self.named_parameters()]
         return dict(vit=[n for n in names if vit & set(n.split(".")[:2])], cnn=[n for n in names if not vit & set(n.split(".")[:2])])
 
 # %% ../nbs/03_conformer.ipynb #33c23a94
 def _init_weights(m):
-    "Start values for training from scratch (spec A.8)"
+    "Start values for training from scratch (Conformer, Peng et al. 2021)"
     if isinstance(m, (nn.Linear, PatchHead)):
         nn.init.trunc_normal_(m.weight, std=.02)
         if m.bias is not None: nn.init.zeros_(m.bias)

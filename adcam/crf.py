@@ -29,7 +29,7 @@ def unary_from_labels(
     gt_prob: float = 0.7,    # g: how far a label is trusted, in (0,1)
     ignore: int | None = None,  # pixels with this value know nothing: all labels cost the same
 ) -> Any:                    # (...,C,H,W) float32, the kind (tensor or array) of `labels`
-    "Unary energies of hard labels (spec/baselines.md, 1.4). Raises ValueError for a label outside the range."
+    "Unary energies of hard labels (IRN, Ahn et al. 2019). Raises ValueError for a label outside the range."
     t = _tensor(labels)
     if t.is_floating_point() or t.ndim < 2: raise ValueError(f"labels have dtype {t.dtype} and shape {tuple(t.shape)}: give integers (H,W)")
     if num_labels < 1 or not 0 < gt_prob < 1: raise ValueError(f"num_labels={num_labels}, gt_prob={gt_prob}: give at least one label and a probability between 0 and 1")
@@ -120,7 +120,7 @@ def mean_field(
     iterations: int = 10,     # 0 gives softmax(-unary)
     shared: bool = False,     # False: kernels over B·N points; True: over N points, for all B
 ) -> Tensor:                  # (B,C,N) beliefs, summing to 1 over C
-    "Q <- softmax(-U + Σ K̃ Q), all pixels at once (spec/baselines.md, section 8)."
+    "Q <- softmax(-U + Σ K̃ Q), all pixels at once (Krähenbühl and Koltun 2011)."
     axis = 0 if shared else 1
     U = unary.movedim(-1, axis).contiguous()                              # (N,B,C) if shared, else (B,N,C)
     q = _beliefs(-U, axis)
@@ -334,7 +334,7 @@ def dense_crf(
 ) -> Any:                         # beliefs Q like `unary`: same shape, float32, a tensor on its device or an array
     """Mean-field inference in a fully connected CRF with two Gaussian kernels: Q <- softmax(-U + Σ w N K N Q).
 
-    Krähenbühl and Koltun 2011; kernels, normalization and defaults of spec/baselines.md, section 8. Runs where `unary` lies (CPU or GPU).
+    Krähenbühl and Koltun 2011; kernels, normalization and defaults are those of the public C++ code. Runs where `unary` lies (CPU or GPU).
     Raises `ValueError` for NaN, wrong shapes, sizes that differ, widths that are not positive, and pictures over the limit of memory or of the exact kernel."""
     if backend not in BACKENDS: raise ValueError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
     u = _energies(unary, image)

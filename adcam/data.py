@@ -802,6 +802,7 @@ def _guessed(path, cells):
             if _ODD.search(c) or c.lower() in _EMPTY[1:]: raise ValueError(f"{path}, line {n}: {cell!r} would make a class named {c!r}. Separate names by `;`, leave the cell empty if the image shows no class, or write classes.txt with one name per line beside it")
     return surely, sorted({c for _, _, cell in cells for c in _split_names(cell, surely)})
 
+# %% ../nbs/02_data.ipynb #0001f880
 def _by_name(path, rows, classes):
     "One column of class names -> classes, [(line number, id, (K,) float32)]"
     for n, row in rows:
@@ -1040,6 +1041,7 @@ def _checked(check, there, name, i):
     try: check(there[0]/f"{name}{there[2]}", i)
     except (ValueError, OSError) as e: return str(e)
 
+# %% ../nbs/02_data.ipynb #d1513a59
 def chosen(ds, # any data set of the protocol
            *,
            classes:bool=False, # at least one class is needed

@@ -164,7 +164,7 @@ def _sgd_groups(net, lr, weight_decay):
 
 # %% ../nbs/12_deeplab.ipynb #37a3b22e
 class DeepLabV2(MultiScale):
-    "DeepLabV2 on a Caffe ResNet-101; `state_dict` keys as in the public checkpoints (spec baselines 7)"
+    "DeepLabV2 on a Caffe ResNet-101; `state_dict` keys as in the public checkpoints (DeepLabV2, Chen et al. 2018)"
     def __init__(self,
                  num_classes: int = 21,              # with the background: 21 for VOC, 81 for COCO
                  *,
@@ -403,7 +403,7 @@ class UPerNet(_Segmenter):
 
 # %% ../nbs/12_deeplab.ipynb #b269d221
 UPERNET = dict(optimizer="adamw", lr=6e-5, betas=(.9, .999), weight_decay=.01, power=1., every=1, warmup=1500, steps=40_000, batch=16, accumulate=1,
-               crop=512, scales=(.5, 2.), drop_path=.3)  # [unverified]: defaults of mmsegmentation, spec baselines 7b
+               crop=512, scales=(.5, 2.), drop_path=.3)  # [unverified]: defaults of mmsegmentation; UPerNet, Xiao et al. 2018
 
 # %% ../nbs/12_deeplab.ipynb #9df30d8e
 def _normalizer(name):

@@ -27,7 +27,7 @@ def confusion(
     num_classes,  # K, the number of foreground classes
     ignore=255,   # ground truth label that is not counted
 ):                # (K+1,K+1) int64, [gt, pred]
-    "Confusion matrix of one image; add them up over a data set (spec baselines 9)"
+    "Confusion matrix of one image; add them up over a data set (as IRN evaluates)"
     if np.shape(pred) != np.shape(gt): raise ValueError(f"pred is {np.shape(pred)}, gt {np.shape(gt)}: evaluate at the size of the ground truth")
     gt, pred = (_labels(x, num_classes, ignore, name).ravel() for x, name in ((gt, "gt"), (pred, "pred")))  # (H*W,) each
     counted, n = gt != ignore, num_classes + 1
@@ -78,7 +78,7 @@ def seed_mask(
     keys,       # (n,) classes of the maps, counted from 0: class 0 is label 1
     threshold,  # background score t
 ):              # (H,W) uint8 labels, 0 background
-    "Prediction at one threshold: argmax of [t, cam]; of equal values the background, then the first key (spec B.10)"
+    "Prediction at one threshold: argmax of [t, cam]; of equal values the background, then the first key (DEPARTURES.md)"
     cam, keys = _check_seed(cam, keys)
     best = cam.argmax(0)                                                 # (H,W)
     return np.where(cam.max(0) > np.float32(threshold), keys[best] + 1, 0).astype(np.uint8)
@@ -185,7 +185,7 @@ def sweep(
     num_classes=20,   # K, the number of foreground classes
     ignore=255,       # ground truth label that is not counted
 ):                    # Sweep
-    "Threshold sweep over a data set (spec B.10)"
+    "Threshold sweep over a data set (DEPARTURES.md)"
     out = Sweep(num_classes, thresholds, ignore)
     for cam, keys, gt in seeds: out.update(cam, keys, gt)
     return out

@@ -53,7 +53,7 @@ def _path(
     dy: int,  # rows down
     dx: int,  # columns to the right, may be negative
 ) -> list[tuple[int, int]]:  # (y,x) of the cells, the far end first, (0,0) last
-    "Cells less than one cell away from the segment, both ends included (spec baselines 1.5)"
+    "Cells less than one cell away from the segment, both ends included (IRN, Ahn et al. 2019)"
     box = [(y, x) for y in range(dy + 1) for x in range(min(0, dx), max(0, dx) + 1)]
     near = [(y, x) for y, x in box if (dy*x - dx*y)**2 < dy*dy + dx*dx]
     return sorted(near, key=lambda c: -abs(c[0]) - abs(c[1]))
@@ -152,7 +152,7 @@ def affinity(
     edge: Tensor,      # (B,h,w) or (h,w) boundary probabilities
     radius: int = 10,  # r, cells
 ) -> Tensor:           # (B,n,s) or (n,s) in [0,1], in the order of `path_index(radius, (h,w))`
-    "a = 1 - max of the boundary probability over the path of every pair; differentiable (spec baselines 1.5)"
+    "a = 1 - max of the boundary probability over the path of every pair; differentiable (IRN, Ahn et al. 2019)"
     if edge.ndim not in (2, 3): raise ValueError(f"edge has shape {tuple(edge.shape)}; give (h,w) or (B,h,w)")
     path_index(radius, edge.shape[-2:])  # refuses maps that are too small
     a = 1 - _PathMax.apply(edge if edge.ndim == 3 else edge[None], radius)
@@ -263,7 +263,7 @@ def random_walk(
     method: str = "chebyshev", # or "products": 2^exp_times products, exact up to rounding
     device: Any = None,        # where torch does the products; None: the GPU for CUDA tensors, else scipy on the CPU
 ) -> np.ndarray|Tensor:        # the type and shape of `cam`, float32
-    "P^(2^exp_times) (cam·(1-edge)) with P = D⁻¹A (spec baselines 1.8). Raises `ValueError` on NaN, values outside [0,1] in `edge` and sizes that differ."
+    "P^(2^exp_times) (cam·(1-edge)) with P = D⁻¹A (IRN, Ahn et al. 2019). Raises `ValueError` on NaN, values outside [0,1] in `edge` and sizes that differ."
     if method not in ("chebyshev", "products"): raise ValueError(f"method is {method!r}; choose 'chebyshev' or 'products'")
     if not 0 <= exp_times <= 16: raise ValueError(f"exp_times is {exp_times}; the walk takes 2^exp_times steps, choose 0 to 16")
     if not beta > 0: raise ValueError(f"beta is {beta}; the power of the affinities must be above 0")
@@ -460,7 +460,7 @@ class _Heads(nn.Module):
 
 # %% ../nbs/11_irnet.ipynb #a6c49252
 class IRNet(_Heads):
-    "Edge and displacement heads on five maps of a frozen backbone (spec baselines 1.6)"
+    "Edge and displacement heads on five maps of a frozen backbone (IRN, Ahn et al. 2019)"
     def __init__(self,
                  backbone: nn.Module|None = None,  # five maps, `channels`, `strides`; None is ResNet-50 with the keys of official checkpoints
                  displacement: bool = True,        # build the displacement head
@@ -502,7 +502,7 @@ def pair_labels(
     radius: int = 10,       # r, cells
     num_classes: int = 20,  # K
 ) -> tuple[Tensor, Tensor, Tensor]:  # P_bg, P_fg, N: (B,n,s) bool in the order of `path_index`
-    "Which pairs are equal background, equal object, different (spec baselines 1.7)"
+    "Which pairs are equal background, equal object, different (IRN, Ahn et al. 2019)"
     table, flat = _tables(radius, tuple(label.shape[-2:]), str(label.device)), label.flatten(-2)    # (B,hw)
     flat = torch.where((flat >= 0) & (flat <= num_classes), flat, 255).to(torch.uint8)          # 255: takes no part
     a, b = flat[..., table.src].unsqueeze(-2), flat[..., table.to]                              # (B,1,s), (B,n,s)
@@ -529,7 +529,7 @@ def irn_loss(
     reduce: Callable|None = None,  # sums a tensor over the processes
     processes: int = 1,            # how many there are
 ) -> dict[str, Tensor]:            # scalars; `loss` is minimized, the others are for the log
-    "Losses of IRNet (spec baselines 1.7); the mean over processes is the loss of the whole batch"
+    "Losses of IRNet (IRN, Ahn et al. 2019); the mean over processes is the loss of the whole batch"
     bg, fg, neg = pair_labels(label, radius, num_classes)
     counts = torch.stack([s.sum() for s in (bg, fg, neg)]).to(edge.dtype)
     n_bg, n_fg, n_neg = counts if reduce is None else reduce(counts)
@@ -545,7 +545,7 @@ def irn_loss(
     return {k: v*processes for k, v in out.items()}
 
 # %% ../nbs/11_irnet.ipynb #807b8419
-SETTINGS: dict[str, dict[str, float]] = {  # spec baselines 1.4 and 1.8
+SETTINGS: dict[str, dict[str, float]] = {  # IRN's code and those that follow it
     # fg, bg: thresholds of the IR label; power: of the map before the walk; background: its score beside the walked maps
     "irn":        dict(fg=.30, bg=.05, power=1.0, background=.25),
     "recam":      dict(fg=.35, bg=.10, power=1.0, background=.28),
@@ -597,7 +597,7 @@ def ir_label(
     device: Any = None,  # where the CRFs run; None: the CPU
     **crf: Any,          # other keywords of `adcam.crf.dense_crf`, e.g. backend="pydensecrf"
 ) -> np.ndarray:         # (H,W) uint8: 0 background, key+1 object, 255 unsure
-    "Confident labels by two fully connected CRFs (spec baselines 1.4). A seed that is zero everywhere gives background and a warning."
+    "Confident labels by two fully connected CRFs (IRN, Ahn et al. 2019). A seed that is zero everywhere gives background and a warning."
     cam, keys = _check_maps(cam, keys, image.shape[:2], name=name)
     if not 0 < bg <= fg < 1: raise ValueError(f"thresholds fg={fg}, bg={bg}; expected 0 < bg <= fg < 1")
     if not cam.max() > 0: warnings.warn(f"{name} is zero everywhere: its label is all background")
@@ -771,7 +771,7 @@ def train_irnet(
     accelerator: Accelerator|None = None,  # for a launcher of your own
     device: str = "auto",              # where it learns, see `adcam.devices.pick_device`; the network stays there
 ) -> list[dict]:                       # a row per step: step, epoch, losses
-    "Train the two heads by pairs of confident labels, then set the mean shift (spec baselines 1.7). Several processes by `accelerate launch`."
+    "Train the two heads by pairs of confident labels, then set the mean shift (IRN, Ahn et al. 2019). Several processes by `accelerate launch`."
     c, last = config, None if out is None else Path(out)/"last.pt"
     _check_config(c)
     acc, views = accelerator or make_accelerator(c.mixed_precision, device), IRViews(ds, labels, c.crop, c.scale, c.seed)
@@ -807,7 +807,7 @@ def set_mean_shift(
     crop: int = 512,   # top-left crops of this side
     batch: int = 32,   # images per batch
 ) -> Tensor:           # (2,) the new mean
-    "Mean over batches of the batch means of D (spec baselines 1.7); leaves the model in eval mode"
+    "Mean over batches of the batch means of D (IRN, Ahn et al. 2019); leaves the model in eval mode"
     device, means = next(model.parameters()).device, []
     model.eval(); model.mean_shift.running_mean.zero_()
     for start in range(0, len(ds), batch):
@@ -841,7 +841,7 @@ def edge_displacement(
     image: np.ndarray|Tensor, # (H,W,3) uint8, or (3,H,W) normalized
     pad_to: int|None = None,  # zero-pad to this square first, as official IRN (512) does; None takes the image as it is
 ) -> tuple[np.ndarray, np.ndarray|None]:  # edge (h,w) in [0,1] and displacement (2,h,w), h = ⌈H/4⌉
-    "Boundary probabilities, averaged over image and mirror image, and displacements (spec baselines 1.8)"
+    "Boundary probabilities, averaged over image and mirror image, and displacements (IRN, Ahn et al. 2019)"
     if model.training: raise ValueError("the network is in training mode; call model.eval() first")
     x = image if isinstance(image, Tensor) else to_tensor(image)
     H, W = x.shape[-2:]
@@ -870,7 +870,7 @@ def upsample_walk(
     walked: np.ndarray,      # (n,h,w) walked maps
     size: tuple[int, int],   # (H,W) of the image
 ) -> np.ndarray:             # (n,H,W) float32, maximum 1 over all classes; zero if `walked` is
-    "×4 bilinear, cropped, divided by the maximum over all classes jointly (spec baselines 1.8)"
+    "×4 bilinear, cropped, divided by the maximum over all classes jointly (IRN, Ahn et al. 2019)"
     up = F.interpolate(torch.from_numpy(np.asarray(walked, np.float32))[None], scale_factor=4, mode="bilinear", align_corners=False)
     up = up[0, :, :size[0], :size[1]].numpy()                                 # (n,H,W)
     return up / up.max() if up.max() > 0 else np.zeros_like(up)
@@ -1081,6 +1081,7 @@ def _whole(path, read):
     except ValueError as e: print(f"redone: {e}"); return False
     return True
 
+# %% ../nbs/11_irnet.ipynb #990812cf
 def files_from_seeds(
     ds: Any,                      # data set: `len`, `ds[i] -> Sample`, `ids`, `classes`, `fingerprint()`
     seed_dir: str|Path,           # folder of `extract_dataset`

@@ -207,7 +207,7 @@ def score_seeds(
     thresholds: tuple,   # the grid
     fixed: float = .15,  # the threshold that is not searched
 ) -> list[dict]:         # a row for the best and one for the fixed threshold; empty if no image has a mask
-    "mIoU, FP and FN of seeds (spec B.10, B.11), no CRF"
+    "mIoU, FP and FN of seeds (DEPARTURES.md), no CRF"
     sweep, n = Sweep(len(ds.classes), sorted({*thresholds, fixed})), 0
     for i in range(len(ds)):
         mask = _mask_or_none(ds, i)

@@ -76,7 +76,7 @@ def view_size(
     stride: int,               # pixels per token
     size_mode: str = "round",  # one of `SIZE_MODES`
 ) -> tuple[tuple[int, int], tuple[int, int]]:  # (size to resize to, size to pad to), both (height, width)
-    "How large one view is: `spec B.9`. At least one token per side."
+    "How large one view is: DEPARTURES.md, section 3. At least one token per side."
     size_mode = _mode(size_mode)
     if not scale > 0: raise ValueError(f"scales must be positive, got {scale}")
     H, W = (max(size),) * 2 if size_mode == "square" else size

@@ -43,7 +43,7 @@ def training_view(
     preprocess: Callable,   # (H,W,3) uint8 -> (3,H,W) float32
     pad_value: Any,         # (3,) outside of the image, after `preprocess`
 ) -> tuple[Tensor, Tensor]: # (3,crop,crop) float32 and (crop,crop) int64
-    "Scale from the list, pad right and bottom, random window, mirror (spec baselines 7)"
+    "Scale from the list, pad right and bottom, random window, mirror (DeepLabV2, Chen et al. 2018)"
     factor = scales[rng.integers(len(scales))]
     h, w = (max(1, round(n*factor)) for n in mask.shape)
     top, left = (int(rng.integers(max(n - crop, 0) + 1)) for n in (h, w))
@@ -106,7 +106,7 @@ def check_masks(
 # %% ../nbs/12b_segment.ipynb #8084e3fd
 @dataclass(frozen=True)
 class SegConfig:
-    "Settings of a segmentation training; the defaults are DeepLabV2's for VOC (spec baselines 7)"
+    "Settings of a segmentation training; the defaults are DeepLabV2's for VOC (DeepLabV2, Chen et al. 2018)"
     iterations: int = 20_000          # optimizer steps
     batch: int = 10                   # images per step, over all parts and processes
     accumulate: int = 2               # parts of a batch, over all processes; the loss is the mean of the parts' losses
@@ -478,7 +478,7 @@ def refine(
     floor: float = 1e-3,  # classes that reach this probability nowhere are left out; 0 keeps all
     **crf: Any,           # keywords of `adcam.crf.dense_crf`; the rest is DeepLab's
 ) -> Tensor:              # (C,H,W) probabilities, 0 for classes left out
-    "Dense CRF of the softmax (spec baselines 8, row DeepLab test)"
+    "Dense CRF of the softmax (Krähenbühl and Koltun 2011; the widths of DeepLab's test)"
     if not 0 <= floor < .05: raise ValueError(f"floor is {floor}; a class can only be left out if it is improbable everywhere: give 0 to 0.05")
     p = logits.softmax(0)                                                                     # (C,H,W)
     keep = p.flatten(1).amax(1) > floor                                                       # (C,)

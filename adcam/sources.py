@@ -588,7 +588,7 @@ def coco_to_voc(
     processes: int = 1,          # worker processes
     progress: bool = True,       # show a bar
 ) -> Converted:                  # masks written, masks there, images skipped with the reason
-    "COCO annotations -> palette masks, list, labels.csv, classes.txt. Later objects over earlier ones, no crowds (spec baselines 9). Resumable; the list names the images that are good."
+    "COCO annotations -> palette masks, list, labels.csv, classes.txt. Later objects over earlier ones, no crowds. Resumable; the list names the images that are good."
     year, root = split if split.endswith("2014") else f"{split}2014", Path(root)
     out, coco = Path(out) if out else root, read_coco(root / f"annotations/instances_{year}.json")
     cats = [coco.cats[c] for c in sorted(coco.cats, key=_order)]

@@ -458,6 +458,7 @@ def ledger(
     told = ["image labels, for training the CNN; masks, for the scores and the oracle threshold", "masks, for thresholds, k, T and blocks"]
     return rows + [dict(branch=f"list {name}", network="", weights="", saw=f"{n} photographs: {t}") for (name, n), t in zip(lists, told)]
 
+# %% ../nbs/13e_voc.ipynb #c6f116c1
 def photograph_rows(
     c: Counts,                    # of a list whose photographs were kept
     network: int = 0,             # which of the training seeds
@@ -482,6 +483,7 @@ def median_photographs(
     of = {c: sorted((r for r in cam if r["cls"] == c), key=lambda r: (r["iou"], r["image"])) for c in classes}
     return {c: rs[(len(rs) - 1) // 2]["image"] for c, rs in of.items() if rs}
 
+# %% ../nbs/13e_voc.ipynb #ad2cb257
 def why_rows(
     found: list[Counts],  # from `load_counts`
 ) -> list[dict]:          # vit, split, n, block, and the columns WHY, means over the photographs that were looked at

@@ -26,7 +26,7 @@ def regions(
     z: Tensor,         # (n,p,K,h,w) class maps before ReLU; p = 2: picture and mirror image, p = 1: picture alone
     classes: Tensor,   # (n,) int64, the class that row i climbs for
     positive: Tensor,  # (K,) P_c, positive entries of each row of the classifier
-) -> Tensor:           # (n,h,w) grad-CAM in closed form (spec baselines 0.6)
+) -> Tensor:           # (n,h,w) grad-CAM in closed form (IRN, Ahn et al. 2019)
     "The map of each class, mirror image added. A class with no positive position gets zeros."
     zc = z[torch.arange(len(z)), :, classes].relu()                          # (n,p,h,w)
     count = (zc > 0).sum((-2, -1))                                           # (n,p) n_b
@@ -177,7 +177,7 @@ def climb(
     threshold: float = .5,         # tau, the share of the maximum above which L_AD holds
     name: str = "image",           # what to call the picture in a warning
 ) -> Iterator[Step]:               # T steps, fewer if all classes had to stop
-    "All maps of a climb, one `Step` per map (spec baselines 3). `ValueError`: no such class, no linear head, half precision, training mode."
+    "All maps of a climb, one `Step` per map (AdvCAM, Lee et al. 2021). `ValueError`: no such class, no linear head, half precision, training mode."
     _check_options(iterations, ad_coefficient, step_size, threshold)
     _check_model(model, x, classes)
     w, k = class_weights(model).detach(), torch.as_tensor(classes, device=x.device)  # (K,C), (n,)
@@ -231,7 +231,7 @@ def advcam_views(
     batch: int | None = None,      # classes that climb together; None: by picture size
     name: str = "image",           # what to call the picture in a warning
 ) -> list[Tensor]:                 # (n,h,w) per scale: the sum of all maps, not normalized
-    "What `adcam.seeds` merges for method `advcam` (spec baselines 3)"
+    "What `adcam.seeds` merges for method `advcam` (AdvCAM, Lee et al. 2021)"
     _check_options(iterations, ad_coefficient, step_size, threshold, batch)
     check_differentiable(model)
     out, device, constants = [], next(model.parameters()).device, (ad_coefficient, step_size, threshold)

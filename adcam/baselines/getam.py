@@ -18,7 +18,7 @@ from ..seeds import class_maps, picture_tokens, view, view_size
 def couple(A:Tensor, # (...,heads,r,n) attention, rows r of it
            G:Tensor # (...,heads,r,n) gradient of one logit with respect to it
           ) -> Tensor: # (...,r,n), non-negative
-    "What one block says about a class: mean ReLU(G*A) times mean ReLU(G), means over heads (spec baselines 5)"
+    "What one block says about a class: mean ReLU(G*A) times mean ReLU(G), means over heads (GETAM, Sun et al. 2021)"
     return (G*A).relu().mean(-3) * G.relu().mean(-3)
 
 # %% ../../nbs/09d_getam.ipynb #ea938d72
@@ -119,7 +119,7 @@ def getam_maps(
     start_layer: int | None = None, # first block that counts, from 0; None: the second half
     batched: bool = False,          # all classes in one backward pass: n times its memory
 ) -> Tensor:                        # (B,n,h,w) on the token grid, non-negative, not normalized
-    "Class maps from gradients of attention (spec baselines 5). The model is left as it was. ValueError for a network without readable attention, in half precision, in training mode, or with NaN."
+    "Class maps from gradients of attention (GETAM, Sun et al. 2021). The model is left as it was. ValueError for a network without readable attention, in half precision, in training mode, or with NaN."
     check_differentiable(model)
     with torch.inference_mode(False), torch.enable_grad():
         logits, rows, score = _run(model, x, start_layer)

@@ -162,7 +162,7 @@ def train_recam(
     config: ReCAMConfig = ReCAMConfig(),    # settings
     **options,                              # out, resume, progress, callback, accelerator, accumulate: see `adcam.classifier.fit`
 ) -> list[dict]:                            # a row per step: losses `loss`, `cls`, `ce`, and learning rates
-    "Re-activation training (spec baselines 2). Leaves the network in eval mode, with its second head."
+    "Re-activation training (ReCAM, Chen et al. 2022). Leaves the network in eval mode, with its second head."
     half = next((n for n, p in model.named_parameters() if p.dtype in (torch.float16, torch.bfloat16)), None)
     if half: raise ValueError(f"{half} is {model.get_parameter(half).dtype}: training needs float32 weights; call model.float() first, and use mixed_precision for speed")
     if not hasattr(model, "recam_predictor"): add_recam_head(model, config.seed)
@@ -200,7 +200,7 @@ def recam_views(
     flip: bool = False,                  # add the map of the mirrored view
     size_mode: str = "round",            # one of `adcam.seeds.SIZE_MODES`
 ) -> list[Tensor]:                       # (n,h_v,w_v) per scale, not normalized
-    "Class maps with the weights W * W', for `adcam.seeds.merge` (spec baselines 1.3 and 2)"
+    "Class maps with the weights W * W', for `adcam.seeds.merge` (IRN, Ahn et al. 2019)"
     label = np.zeros(model.num_classes)                                     # (K,)
     label[keys] = 1
     return class_views(reactivated(model), image, label, "cam", scales, flip, size_mode)[1]

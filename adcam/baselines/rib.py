@@ -25,7 +25,7 @@ def gndp(
     labels: Tensor,       # (B,K) 1 for the classes that are there, else 0
     theta: float = 0.4,   # share of the class maximum from which on a position is left out
 ) -> Tensor:              # (B,K) pooled logits
-    "Global non-discriminative pooling (spec baselines 4). A labeled class that is positive nowhere pools 0: divided by a negative maximum, every position has at least the share 1."
+    "Global non-discriminative pooling (RIB, Lee et al. 2021). A labeled class that is positive nowhere pools 0: divided by a negative maximum, every position has at least the share 1."
     raw = z.detach()                                                         # the mask has no gradient
     weak = raw / raw.amax((2, 3), keepdim=True) < theta                      # (B,K,h,w) bool
     return torch.where(weak | (labels == 0)[:, :, None, None], z, 0).mean((2, 3))  # (B,K), divided by h*w
@@ -238,7 +238,7 @@ def rib_views(
     cover_level: float = 0.3,        # share of the maximum from which on a position is covered
     learn: tuple | None = None,      # beginnings of the names of parameters that learn, as in `rib_learns`
 ) -> list[Tensor]:                   # (n,h_v,w_v) per scale, not normalized
-    "RIB maps of one picture (spec baselines 4; the defaults are those for VOC). Equal arguments give equal bits, in any order and any process."
+    "RIB maps of one picture (RIB, Lee et al. 2021; the defaults are those for VOC). Equal arguments give equal bits, in any order and any process."
     class_weights(model)                                                     # a network without a CAM head is refused
     device = next(model.parameters()).device
     views = _views(image, model.stride, tuple(scales), flip, size_mode, device)
