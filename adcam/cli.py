@@ -317,6 +317,8 @@ def seeds(
     size_mode: Annotated[Optional[str], typer.Option(help="How a side becomes a multiple of the stride: round, pad or square, or exact for a plain CNN; the profile's if not given.")] = None,
     precision: Precision = "fp32", device: Device = "auto",
     processes: Processes = 1,
+    batch: Annotated[Optional[int], typer.Option(min=1, help="Images that go through the network together; 1 on a CPU, what the memory holds on a GPU, if not given.")] = None,
+    workers: Annotated[Optional[int], typer.Option(min=0, help="Processes that read images ahead, where images go together; as many as are useful if not given.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace seeds made with other settings.")] = False,
 ) -> None:
     "Extract seeds, one file per image. A run that was stopped continues; under torchrun each process takes its share."
@@ -334,7 +336,7 @@ def seeds(
     check_precision(precision, place)
     model = _network(network, len(ds.classes), weights, seed, coupled, cnn_weights, vit_weights).to(place)
     done = extract_dataset(model, ds, out, method, scales=factors, flip=usual.flip if flip is None else flip, size_mode=size_mode or ("exact" if network == "resnet50" else usual.size_mode),
-                           precision=precision, processes=processes, force=force, **options)
+                           precision=precision, processes=processes, batch=batch, workers=workers, force=force, **options)
     typer.echo(f"{done['computed']} seeds computed, {done['cached']} were there: {out}")
     _tell(Chosen(ds, [Skipped(*s) for s in done["skipped"]], done["unlabeled"], len(ds)))
 
