@@ -118,7 +118,7 @@ def test_a_folder_without_masks_is_refused_before_anything_is_computed(photograp
 
 
 def test_more_neighbors_than_tokens_are_refused_with_the_photograph(photographs):
-    with pytest.raises(ValueError, match="val_000000 has 6x6 = 36 tokens, and k goes up to 300"):
+    with pytest.raises(ValueError, match="val_000000 has 6x6 = 36 tokens, and k goes up to 250"):
         check_photographs(VOCFolder(photographs, "val"), Plan(), 16)
 
 
