@@ -512,7 +512,7 @@ def _chunks(indices: list, processes: int, start: tuple, size: int = 5):
         except BaseException: pool.shutdown(cancel_futures=True); raise
 
 # %% ../nbs/13_pipeline.ipynb #9b099160
-MEASURED_BY = tuple(f"adcam.{m}" for m in ("scenes", "data", "conformer", "cam", "evaluation", "seeds", "pipeline"))
+MEASURED_BY = tuple(f"adcam.{m}" for m in ("drawing", "scenes", "data", "conformer", "cam", "evaluation", "seeds", "pipeline"))
 
 # %% ../nbs/13_pipeline.ipynb #39c99488
 def count(
