@@ -772,14 +772,14 @@ def _none_or(name: str, text: str):
 def _seg_config(profile, change: list, **given):
     "The recipe of the profile's network, changed by `--set name=value` and by what was given."
     from dataclasses import fields
-    from adcam.run import _as_type, segmentation_config
+    from adcam.run import as_type, segmentation_config
     usual, changes = segmentation_config(profile), {}
     for item in change:
         name, _, value = item.partition("=")
         if name not in {f.name for f in fields(usual)} or not value:
             raise ValueError(f"--set {item}: give name=value with one of {', '.join(f.name for f in fields(usual))}")
         old = getattr(usual, name)
-        changes[name] = _none_or(name, value) if old is None else _as_type(name, value, old)
+        changes[name] = _none_or(name, value) if old is None else as_type(name, value, old)
     return segmentation_config(profile, **changes | {n: v for n, v in given.items() if v is not None})
 
 # %% ../nbs/14_cli.ipynb #3b2187b7

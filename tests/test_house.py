@@ -172,6 +172,13 @@ def test_modules_import_only_modules_above():
     assert not wrong
 
 
+@pytest.mark.parametrize("path", EXPORTED, ids=name_of)
+def test_module_imports_no_private_name_of_another(path):
+    found = [f"{node.module}.{a.name}" for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom) and (node.level or "adcam" in node.module)
+             for a in node.names if a.name.startswith("_")]
+    assert not found
+
+
 # ---------------------------------------------------------------- README, settings, packaging
 
 def test_readme_is_made_from_the_index():
