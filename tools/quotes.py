@@ -45,9 +45,9 @@ def load(path: str):
 
 def matches(row: dict, word: str) -> bool:
     "Does the row have the value (`name=value`, or any field's value)?"
-    name, _, value = word.rpartition("=")
-    value = value.replace("_", " ")
-    fields = [row.get(name)] if name else row.values()
+    name, has, value = word.partition("=")
+    value = (value if has else name).replace("_", " ")
+    fields = [row.get(name)] if has else row.values()
     return any(str(v).replace("_", " ") == value for v in fields)
 
 
