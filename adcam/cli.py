@@ -7,7 +7,7 @@ __all__ = ['app', 'Data', 'Split', 'Images', 'Device', 'Precision', 'data_app', 
            'Weights', 'CnnWeights', 'VitWeights', 'TrainingSeed', 'Coupled', 'irnet_app', 'Recipe', 'AllCores',
            'SmallBackbone', 'Pair', 'segment_app', 'SegNet', 'SegProfile', 'Backbone', 'main', 'version', 'scenes',
            'Kind', 'check', 'get', 'convert', 'weights', 'profile', 'seeds', 'seeds_check', 'seeds_merge', 'evaluate',
-           'train', 'train_heads', 'train_cam_command', 'train_recam_command', 'irnet_labels', 'irnet_train',
+           'show', 'train', 'train_heads', 'train_cam_command', 'train_recam_command', 'irnet_labels', 'irnet_train',
            'irnet_masks', 'crf', 'segment_train', 'segment_predict', 'whole_run', 'explain', 'checkpoints', 'paper',
            'bench']
 
@@ -415,6 +415,43 @@ def evaluate(
         settings = json.loads((folder / "settings.json").read_text())
         kept = [{v: r[v] for v in ("rule", "t", "miou", "fp", "fn", "f1", "pixel_accuracy")} | dict(split=split, n=used) for r in rows]
         typer.echo(f"wrote {save_result('seeds', kept, out, provenance(settings=settings, data={split: ds.fingerprint()}))}")
+    _tell(picked)
+
+# %% ../nbs/14_cli.ipynb #7a216cd7
+def _shown(folder: Path, data: str, split: str, n: Optional[int]) -> tuple:
+    "What a folder holds (`kind_of`) and the images it belongs to; the folder may be a data set itself."
+    from adcam.data import KINDS
+    from adcam.show import kind_of
+    name = str(folder)
+    suffix = "" if name == "mini" or name.partition(":")[0] in KINDS else kind_of(folder)
+    return suffix, _images(data if suffix else name, split, n, masks=not suffix, **dict(files=folder, suffix=suffix) if suffix else {})
+
+# %% ../nbs/14_cli.ipynb #2b237cd5
+@app.command()
+def show(
+    folder: Annotated[Path, typer.Argument(help="Folder of seeds (ID.npz) or masks (ID.png), or a data set as --data names it: then its own masks are shown.")],
+    out: Annotated[Path, typer.Option(help="sheet.png, or page.html: one file with a slider for the threshold and a list of classes.")],
+    data: Data = "mini", split: Split = "train",
+    limit: Annotated[Optional[int], typer.Option("--limit", "--n", min=1, help="Only the first N images.")] = None,
+    threshold: Annotated[Optional[float], typer.Option(min=0.0, max=1.0, help="Of seeds; the best one where there is truth, else 0.3, if not given.")] = None,
+    cls: Annotated[Optional[str], typer.Option("--class", help="Only this class.")] = None,
+    size: Annotated[Optional[int], typer.Option(min=48, max=2000, help="Largest side of a picture in pixels; 480 on a page, 240 on a sheet, if not given.")] = None,
+    columns: Annotated[Optional[int], typer.Option(min=1, help="Of a sheet: photographs side by side.")] = None,
+    per_page: Annotated[int, typer.Option("--per-page", min=1, help="Of a sheet: photographs on one; more go to sheet-2.png and so on.")] = 60,
+) -> None:
+    "Show seeds or masks beside their photographs, with the errors where truth is there."
+    from adcam.show import class_number, gallery, numbers_line, write_show
+    suffix, picked = _shown(folder, data, split, limit)
+    number = None if cls is None else class_number(picked.ds.classes, cls)
+    page = out.suffix.lower() != ".png"
+    g = gallery(picked.ds, folder, suffix, size or (480 if page else 240), progress=sys.stderr.isatty())
+    picked = picked.also(g.skipped)
+    best = g.best()
+    t = threshold if threshold is not None else 0.3 if best is None else best
+    note = f"The threshold {best:.2f} is the best of these photographs: it was chosen with the truth." if best is not None and t == best else ""
+    files = write_show(out, g._replace(skipped=picked.skipped), t, number, columns, per_page, size or 240, f"{folder.name}, {split}", note)
+    typer.echo(f"{numbers_line(g, t, number)}{'; ' + note[0].lower() + note[1:-1] if note else ''}")
+    typer.echo(f"wrote {', '.join(map(str, files))} ({sum(f.stat().st_size for f in files) / 1e6:.1f} MB)")
     _tell(picked)
 
 # %% ../nbs/14_cli.ipynb #11d8bc29
