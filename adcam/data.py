@@ -6,10 +6,11 @@
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'VOC_CLASSES', 'VOC_COUNTS', 'COCO_CLASSES', 'COCO_COUNTS', 'KINDS', 'to_tensor',
            'normalized', 'to_image', 'rgb_pixels', 'orientation', 'upright_pixels', 'read_image', 'read_mask',
            'save_mask', 'check_png', 'image_size', 'check_id', 'read_list', 'class_names', 'VOCFolder', 'voc_root',
-           'voc2012', 'read_coco', 'coco_label', 'coco_mask', 'COCO2014', 'coco2014', 'Folder', 'folder', 'Subset',
-           'label_of', 'weak_of', 'image_of', 'mask_of', 'has_mask', 'weak_sample', 'labelled', 'Skipped', 'usable',
-           'skipped_report', 'Chosen', 'chosen', 'disagreements', 'check_agreement', 'open_data', 'random_resize_long',
-           'imagenet_normalize', 'random_flip', 'random_crop', 'to_chw', 'random_view', 'random_pixels', 'TrainViews']
+           'voc2012', 'read_coco', 'coco_label', 'coco_mask', 'COCO2014', 'coco2014', 'find_images', 'Folder', 'folder',
+           'Subset', 'label_of', 'weak_of', 'image_of', 'mask_of', 'has_mask', 'weak_sample', 'labelled', 'Skipped',
+           'usable', 'skipped_report', 'Chosen', 'chosen', 'disagreements', 'check_agreement', 'open_data',
+           'random_resize_long', 'imagenet_normalize', 'random_flip', 'random_crop', 'to_chw', 'random_view',
+           'random_pixels', 'TrainViews']
 
 # %% ../nbs/02_data.ipynb #1e356460
 import contextlib, csv, difflib, functools, hashlib, io, json, math, multiprocessing, os, re, struct, unicodedata, warnings
@@ -729,8 +730,10 @@ def coco2014(root:str|Path, # folder with train2014, val2014 and annotations
     return ds
 
 # %% ../nbs/02_data.ipynb #9cf0084c
-def _find_images(root, skip):
-    "{relative path: file} of all images below `root`, but not in `skip` or in hidden folders"
+def find_images(root:str|Path, # folder
+                skip:Path|None=None # a folder in it that is left out
+               ) -> dict: # {relative path: file}, at least one
+    "All images below a folder, hidden folders left out"
     found, seen = {}, set()
     for folder, subs, files in os.walk(root, followlinks=True):
         if (real := os.path.realpath(folder)) in seen: subs[:] = []; continue             # a link that leads back
@@ -858,7 +861,7 @@ class Folder(_Files):
         self.root, self.split, path = Path(root), "folder", Path(root)/labels
         if not self.root.is_dir(): raise FileNotFoundError(f"no folder {root}; name the one that holds the images and {labels}")
         self._masks = None if masks is None else Path(root)/masks
-        found = _find_images(self.root, self._masks)
+        found = find_images(self.root, self._masks)
         self._images, names = _name_images(found)
         rows = _rows(path, names)
         self._rel = {name: rel.rsplit(".", 1)[0] for name, rel in zip(self._images, found)}

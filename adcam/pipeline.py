@@ -87,6 +87,7 @@ class _SeedSettings:
     self_: str = "in"
     renorm: str = "after_mean"
     k_mode: str = "fixed"
+    layers: int | None = None            # blocks whose attention is averaged, counted from the last; None: all
     scales: tuple[float, ...] = (1.0, 0.5, 1.5, 2.0)
     flip: bool = True
     size_mode: str = "round"
