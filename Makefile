@@ -132,8 +132,9 @@ test: install ## module notebooks, then pytest, which also runs every figure not
 	OMP_NUM_THREADS=1 $(BIN)nbdev_test --path nbs --skip_folder_re '^[_.]|^paper$$' --n_workers $(WORKERS) --timing
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q tests
 
-export: install ## after an edit of nbs/*.ipynb: write adcam/*.py anew (running a notebook does not)
+export: install ## after an edit of nbs/*.ipynb: write adcam/*.py and the contents of the notebooks anew (running one does not)
 	$(BIN)nbdev_export
+	$(PY) tools/contents.py
 
 check: install ## the exported modules, the notebooks and README.md agree
 	$(PY) tools/check.py

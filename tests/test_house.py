@@ -16,6 +16,9 @@ from conftest import ROOT
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+sys.path.insert(0, str(ROOT / "tools"))
+import contents  # noqa: E402
+
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 PAPER = [p for p in NOTEBOOKS if p.parent.name == "paper"]
 MODULES = [p for p in NOTEBOOKS if p.parent == ROOT / "nbs" and p.name[0].isdigit()]  # the others are pages: index, scaling
@@ -56,7 +59,8 @@ def test_notebook_is_clean(path):
     assert nb.metadata.kernelspec.name == "python3"
     for cell in nb.cells:
         assert cell.get("execution_count") is None, f"run nbdev_clean: cell {cell.id} keeps its execution count"
-        assert set(cell.metadata) <= {"tags"}, f"run nbdev_clean: cell {cell.id} keeps {set(cell.metadata)}"
+        assert set(cell.metadata) <= {"tags", "jupyter"}, f"run nbdev_clean: cell {cell.id} keeps {set(cell.metadata)}"
+        assert cell.metadata.get("jupyter", {"source_hidden": True}) == {"source_hidden": True}, f"cell {cell.id} keeps {cell.metadata.jupyter}"
         assert "injected-parameters" not in cell.metadata.get("tags", []), "papermill wrote into nbs/"
         for output in cell.get("outputs", []):
             assert output.output_type != "error", f"cell {cell.id} was committed with its error"
@@ -122,6 +126,17 @@ def test_committed_texts_name_no_machine_path():
     files += [p for p in ROOT.iterdir() if p.suffix in TEXTS]
     found = {name_of(p): m[0] for p in files if (m := MACHINE_PATH.search(p.read_text(encoding="utf-8")))}
     assert not found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_contents_name_every_section(path):
+    listed = re.findall(r"\]\(#([^)]+)\)", read(path).cells[2].source)
+    assert listed == [h.replace("`", "").replace(" ", "-") for h in contents.headings([c | {"source": c.source} for c in read(path).cells])], "run tools/contents.py"
+
+
+def test_plumbing_is_folded_and_a_lesson_is_not():
+    assert contents.is_plumbing("#| hide\nx = 1") and contents.is_plumbing("#| export\nimport os") and contents.is_plumbing("#| export\ndef _check_config(c): pass")
+    assert not contents.is_plumbing("#| export\ndef affinity(edge): pass") and not contents.is_plumbing("show_images([])")
 
 
 # ---------------------------------------------------------------- exported modules
