@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'HEADS', 'bce_loss', 'MultiLabel', 'random_mask', 'square_colors', 'SingleLabel', 'TrainConfig',
            'PretrainConfig', 'learning_rate', 'EpochBatches', 'PolySGD', 'Late', 'fit', 'train', 'pretrain',
-           'freeze_backbone', 'Features', 'cached_features', 'HeadsConfig', 'train_heads', 'save_weights']
+           'freeze_backbone', 'Features', 'whole_image', 'cached_features', 'HeadsConfig', 'train_heads',
+           'save_weights']
 
 # %% ../nbs/04_classifier.ipynb #d91be0e5
 import hashlib, io, json, math, warnings, zipfile
@@ -554,8 +555,11 @@ class Features(NamedTuple):
     labels: Tensor # (n,K) float32, image labels
 
 # %% ../nbs/04_classifier.ipynb #e62ba73d
-def _whole_image(image, size, stride):
-    "An image without crop or flip: long side about `size` pixels, both sides multiples of the stride -> (3,H,W)"
+def whole_image(image:np.ndarray, # (H,W,3) uint8
+                size:int|None, # long side in pixels, about; None keeps that of the image
+                stride:int # both sides become multiples of it
+               ) -> Tensor: # (3,H,W) normalized
+    "An image without crop or flip, ready for a network"
     H, W = image.shape[:2]
     long = max(H, W) if size is None else size
     h, w = (max(1, round(n*long/max(H, W)/stride))*stride for n in (H, W))
@@ -581,7 +585,7 @@ def _compute_features(model, ds, size, batch, progress):
         for i in tqdm(range(len(ds)), desc="features", unit="image", disable=not progress):
             s = ds[i]
             labels[i] = torch.as_tensor(np.asarray(s.label, np.float32))                 # (K,)
-            yield i, _whole_image(s.image, size, model.stride)
+            yield i, whole_image(s.image, size, model.stride)
     for group in _equal_sizes(images(), batch):
         conv, tokens = model.features(torch.stack([x for _, x in group]).to(device))     # (B,C,h,w), (B,1+N,D)
         pairs = zip(conv.float().mean((2, 3)).cpu(), tokens[:, 0].float().cpu())         # (C,), (D,)

@@ -24,14 +24,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 from .classifier import Late, _train_mode, _whole_batch, _write_run, save_weights
 from .crf import DEEPLAB, dense_crf, unary_from_logits
-from .data import Skipped, image_of, mask_of, read_mask
+from .data import Skipped, image_of, mask_of, read_mask, save_mask
 from .deeplab import poly_rate, segmentation_loss
 from .devices import PRECISIONS, memory_for, numerics, precision as computed_in
 from .evaluation import confusion, scores
-from .irnet import MAX_SIDE, _label_source, _make_folder, save_mask
+from .folders import MAX_SIDE, make_folder
 from .scenes import Sample
 from .training import arithmetic, device_of, make_accelerator, model_fingerprint, origin, precision_name
-from .files import atomic_write, difference, one_at_a_time, why_left_out
+from .files import atomic_write, difference, label_source, one_at_a_time, why_left_out
 
 # %% ../nbs/12b_segment.ipynb #85e3e0e5
 def training_view(
@@ -271,7 +271,7 @@ def _settings(net, ds, masks, c, acc):
     same = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(c).items() if k not in ("workers", "mixed_precision")}
     size = sum(p.numel() for p in net.parameters())
     code = sorted({m for m in ("adcam.segment", "adcam.data", type(net).__module__) if m.startswith("adcam.")})
-    return same | dict(data=ds.fingerprint(), masks=_label_source(masks), network=type(net).__name__, parameters=size, num_classes=net.num_classes,
+    return same | dict(data=ds.fingerprint(), masks=label_source(masks), network=type(net).__name__, parameters=size, num_classes=net.num_classes,
                        parts=_parts(c, acc.num_processes), **origin(net, acc.device, precision_name(c.mixed_precision), *code))
 
 # %% ../nbs/12b_segment.ipynb #04eefe86
@@ -539,7 +539,7 @@ def predict_dataset(
         return out/f"{part.ids[i]}.png", z.numpy() if place.type == "cpu" else z, image, crf, options
     settings = options | dict(kind="predictions", crf=crf, data=ds.fingerprint(), network=model_fingerprint(net), **numerics(place, precision))
     with memory_for("one whole image", "the size of the images"):
-        done = _make_folder(part, out, settings, prepare, _prediction_file, processes, force, progress, "predict", shard, device=place)
+        done = make_folder(part, out, settings, prepare, _prediction_file, processes, force, progress, "predict", shard, device=place)
     return dict(computed=done["computed"], cached=done["cached"], skipped=done["skipped"])
 
 class _Part:
@@ -576,7 +576,7 @@ def _indexed(path, size):
     try:
         with Image.open(path) as im: mode, ids = im.mode, np.array(im)
     except (OSError, SyntaxError) as e: raise ValueError(f"cannot read {path} ({e}); delete it and predict again") from e
-    if mode != "P": raise ValueError(f"{path} has color mode {mode}; the server wants a palette PNG of class ids (adcam.irnet.save_mask writes one)")
+    if mode != "P": raise ValueError(f"{path} has color mode {mode}; the server wants a palette PNG of class ids (adcam.data.save_mask writes one)")
     if ids.max() > 20: raise ValueError(f"{path} holds class id {ids.max()}; VOC has 0 (background) to 20, and a prediction has no 255")
     if size and ids.shape != size: raise ValueError(f"{path} is {ids.shape[0]}x{ids.shape[1]}, its image {size[0]}x{size[1]}; predict it again")
     return path.read_bytes()

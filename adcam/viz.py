@@ -356,7 +356,8 @@ class _Choices:
         zoom = size / max(image.shape[:2])
         self.size = tuple(max(1, round(s * zoom)) for s in image.shape[:2])  # (H,W) on the screen
         self.image = np.asarray(Image.fromarray(image).resize(self.size[::-1], Image.Resampling.LANCZOS))
-        self.k, self.T, self.direction, self.cls = self.ks[len(self.ks) // 2], self.steps[-1], self.directions[0], 0
+        nearest = lambda values, wanted: min(values, key=lambda v: abs(v - wanted))
+        self.k, self.T, self.direction, self.cls = nearest(self.ks, 50), nearest(self.steps, 2), self.directions[0], 0  # the paper's k and T
         self.patch = int(self.map().argmax())  # begin where the class is hottest
 
     def map(self): return self.heat[self.k, self.T, self.direction][self.cls]  # (h,w)
