@@ -23,7 +23,7 @@ from safetensors.torch import save
 from timm.layers import BatchNormAct2d, DropPath
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
-from tqdm.auto import tqdm
+from .progress import tqdm
 from .conformer import Conformer
 from .data import TrainViews, normalized, to_tensor
 from .devices import PRECISIONS, memory_for, numerics, tf32

@@ -28,7 +28,7 @@ from PIL import Image
 from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
+from .progress import tqdm
 from .classifier import EpochBatches, PolySGD, save_weights
 from .crf import IRN as CRF_OF_IRN, dense_crf, refine_labels, unary_from_labels
 from .conformer import read_weights

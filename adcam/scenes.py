@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
-from tqdm.auto import tqdm
+from .progress import tqdm
 
 from .files import atomic_write
 

@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
-from tqdm.auto import tqdm
+from .progress import tqdm
 from .classifier import Late, _train_mode, _whole_batch, _write_run, save_weights
 from .crf import DEEPLAB, dense_crf, unary_from_logits
 from .data import Skipped, image_of, mask_of, read_mask

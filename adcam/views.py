@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import ColorJitter
 from torchvision.transforms.functional import to_pil_image
-from tqdm.auto import tqdm
+from .progress import tqdm
 from .classifier import EpochBatches
 from .data import to_tensor
 from .files import atomic_write, one_at_a_time
