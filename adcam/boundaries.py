@@ -21,7 +21,7 @@ from PIL import Image
 from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
+from .progress import tqdm
 from .classifier import PolySGD
 from .conformer import read_weights
 from .data import image_of, to_tensor, weak_sample

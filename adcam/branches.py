@@ -7,7 +7,7 @@ __all__ = ['SOFTMAX', 'VOC_IMAGENET', 'attention_bias', 'AttentionStore', 'token
            'pooled_tokens', 'renormalized', 'TwoBranch', 'group_maps']
 
 # %% ../nbs/06_branches.ipynb #1c881103
-import difflib, hashlib
+import difflib, hashlib, threading
 from pathlib import Path
 import requests, timm, torch, torch.nn.functional as F
 from timm.layers import DropPath
@@ -140,13 +140,22 @@ def _no_download(name, option, why):
     page = f"https://huggingface.co/{timm.get_pretrained_cfg_value(name, 'hf_hub_id') or 'timm'}"
     return ConnectionError(f"the weights of {name} cannot be downloaded ({why}); fetch them on a machine with network access ({page}) and give the file: --{option.replace('_', '-')} FILE (in Python {option}=...)")
 
+def _silent(url, seconds=5):
+    "Why a server does not answer, or None. Asked in a thread of its own: a name server that is silent would outlast every timeout of `requests`"
+    said = []
+    def ask():
+        try: requests.head(url, timeout=seconds); said.append(None)
+        except requests.RequestException as e: said.append(type(e).__name__)
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start(); thread.join(seconds)
+    return said[0] if said else f"no answer in {seconds} s"
+
 def _reachable(name, option):
     "Without a network the downloader tries for a minute; look first. Weights that are here already need none"
     from huggingface_hub import constants, try_to_load_from_cache
     hub = timm.get_pretrained_cfg_value(name, "hf_hub_id")
     if not hub or constants.HF_HUB_OFFLINE or any(isinstance(try_to_load_from_cache(hub, f), str) for f in ("model.safetensors", "pytorch_model.bin")): return
-    try: requests.head(constants.ENDPOINT, timeout=5)
-    except requests.RequestException as e: raise _no_download(name, option, f"{constants.ENDPOINT} cannot be reached: {type(e).__name__}") from e
+    if why := _silent(constants.ENDPOINT): raise _no_download(name, option, f"{constants.ENDPOINT} cannot be reached: {why}")
 
 def create_timm(name:str, # of timm
                 weights:str|Path|None, # file of its weights

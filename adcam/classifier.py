@@ -19,8 +19,8 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
+from torch.utils.data import DataLoader, Sampler
+from .progress import tqdm
 from .conformer import Conformer
 from .data import TrainViews, normalized, to_tensor
 from .devices import memory_for, numerics, tf32

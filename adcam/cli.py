@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['app', 'Data', 'Split', 'Images', 'Device', 'Precision', 'data_app', 'AnySize', 'Processes', 'Where', 'Network',
            'Weights', 'CnnWeights', 'VitWeights', 'TrainingSeed', 'Coupled', 'OnlyEstimate', 'Anyway', 'irnet_app',
-           'Recipe', 'AllCores', 'SmallBackbone', 'Pair', 'segment_app', 'SegNet', 'SegProfile', 'Backbone', 'main',
-           'version', 'scenes', 'Kind', 'check', 'get', 'convert', 'weights', 'profile', 'seeds', 'seeds_check',
-           'seeds_merge', 'evaluate', 'show', 'train', 'train_heads', 'train_cam_command', 'train_recam_command',
-           'irnet_labels', 'irnet_train', 'irnet_masks', 'crf', 'segment_train', 'segment_predict', 'whole_run',
-           'own_masks', 'explain', 'checkpoints', 'paper', 'bench']
+           'Recipe', 'AllCores', 'SmallBackbone', 'Pair', 'segment_app', 'SegNet', 'SegProfile', 'Backbone', 'Pictures',
+           'Overlay', 'ClassesWanted', 'BothNames', 'Trained', 'ClassNames', 'Layers', 'Threshold', 'MaskFolder',
+           'MapFolder', 'main', 'version', 'scenes', 'Kind', 'check', 'get', 'convert', 'weights', 'profile', 'seeds',
+           'seeds_check', 'seeds_merge', 'evaluate', 'show', 'train', 'train_heads', 'train_cam_command',
+           'train_recam_command', 'irnet_labels', 'irnet_train', 'irnet_masks', 'crf', 'segment_train',
+           'segment_predict', 'whole_run', 'own_masks', 'explain', 'checkpoints', 'paper', 'bench']
 
 # %% ../nbs/14_cli.ipynb #e9194bbd
 import contextlib
@@ -406,7 +407,7 @@ def _rows(folder: Path, ds, fixed: float) -> tuple:
     from adcam.data import mask_of
     from adcam.evaluation import Sweep, side_by_side
     from adcam.seeds import load_seed
-    from tqdm import tqdm
+    from adcam.progress import tqdm
     counts, odd = Sweep(len(ds.classes), sorted({i / 100 for i in range(60)} | {fixed})), []
     for i in tqdm(range(len(ds)), desc="evaluate", unit="image"):
         path = folder / f"{ds.ids[i]}.npz"
@@ -544,7 +545,7 @@ def train(
     config = train_config(usual, **given, seed=seed, mixed_precision=precision, workers=workers, freeze_bn=freeze_bn, sync_bn=sync_bn and several > 1 and not freeze_bn)
     train_network(model, ds, config, train_vit, out=out, accumulate=accumulate, device=device)
     if rank == 0:
-        typer.echo(f"wrote {save_trained(model, out / 'weights.safetensors', network)}")
+        typer.echo(f"wrote {save_trained(model, out / 'weights.safetensors', network, classes=list(ds.classes))}")
         _tell_learned(model, judged, on)
     _tell_skipped(skipped, total)
 
@@ -574,7 +575,7 @@ def train_heads(
     features = cached_features(model, ds, size, batch=config.batch, cache=out)
     found = judge(held_out_logits(model, features, config), features.labels.numpy()) if len(ds) > 1 else None
     history = fit(model, features, config)
-    typer.echo(f"{len(history)} steps, loss {history[0]['loss']:.3f} -> {history[-1]['loss']:.3f}; wrote {save_trained(model, out / 'weights.safetensors', network)}")
+    typer.echo(f"{len(history)} steps, loss {history[0]['loss']:.3f} -> {history[-1]['loss']:.3f}; wrote {save_trained(model, out / 'weights.safetensors', network, classes=list(ds.classes))}")
     if found is not None:
         typer.echo(f"{found}")
         if text := warning(found):
@@ -1061,49 +1062,160 @@ def own_masks(
     typer.echo(f"wrote {done.count} masks: {done.folder}  (0 background, " + ", ".join(f"{k} {c}" for k, c in enumerate(done.classes, 1)) + ")")
     _tell_skipped(done.run.skipped, done.run.total)
 
+# %% ../nbs/14_cli.ipynb #bbfb1224
+_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
+
+def _pictures(given: list) -> list:
+    "(file, its name in results) for every picture among the words of a command line; folders are opened."
+    files, names = [], []
+    for word in given:
+        folder = Path(word)
+        inside = sorted(p for p in folder.iterdir() if p.suffix.lower() in _PICTURES and not p.name.startswith(".")) if folder.is_dir() else [word]
+        if not inside:
+            raise ValueError(f"no picture in {folder}: expected files that end in {', '.join(_PICTURES)}")
+        files += inside
+    for file in files:
+        stem = Path(file).stem
+        names.append(next(n for n in (stem, *(f"{stem}-{i}" for i in range(2, len(files) + 2))) if n not in names))
+    return list(zip(files, names))
+
+# %% ../nbs/14_cli.ipynb #6d66f538
+def _class_names(text: Optional[str]) -> Optional[list]:
+    "Names between commas, or the lines of a file."
+    if text is None:
+        return None
+    lines = Path(text).read_text(encoding="utf-8").splitlines() if Path(text).is_file() else text.split(",")
+    return [s.strip() for s in lines if s.strip()]
+
+def _both(network: Optional[str], cnn: str, vit: str) -> tuple:
+    "The names of a pair: of --network if it is given."
+    from adcam.networks import network_name
+    if network is None:
+        return cnn, vit
+    what = network_name(network)
+    if what.kind != "pair":
+        raise ValueError(f"--network {network}: a picture needs a pair CNN+VIT; or name --cnn and --vit, or a trained network by --weights")
+    return what.cnn, what.vit
+
+def _own_network(weights: Path, cnn: Optional[Path], vit: Optional[Path], network: Optional[str], names: Optional[list]) -> tuple:
+    "A trained network and the names of its classes, as far as they are known."
+    from adcam.networks import build_network, network_settings, open_network
+    told = network_settings(weights)
+    if told:
+        return open_network(weights, cnn, vit), names or told.get("classes")
+    if network is None or names is None:
+        raise ValueError(f"{weights} does not say which network it is: give --network and --class-names")
+    return build_network(network, len(names), weights=weights).eval(), names
+
+# %% ../nbs/14_cli.ipynb #e42fa914
+Pictures = Annotated[list[str], typer.Argument(help="Pictures (JPEG, PNG, WebP, TIFF, BMP), or folders of them.")]
+Overlay = Annotated[Optional[Path], typer.Option(help="Picture to write: .png, .jpg, .pdf or .svg; of several photographs the folder for them. overlay.png or overlays if not given.")]
+ClassesWanted = Annotated[Optional[str], typer.Option(help="Names, synsets or numbers, separated by commas: tabby, or cat for all cats; or groups of your own: 'bus=minibus,school bus;cat=tabby'. What the CNN predicts if not given.")]
+BothNames = Annotated[Optional[str], typer.Option("--network", help="Both in one word, CNN+VIT, as in the other commands.")]
+Trained = Annotated[Optional[Path], typer.Option(help="A network trained by `adcam train` or `train-heads` instead, with its own classes.")]
+ClassNames = Annotated[Optional[str], typer.Option(help="Names of its classes, between commas or in a file, if --weights does not know them.")]
+Layers = Annotated[str, typer.Option(help="Blocks of the ViT: half (the last half), all, or a number n for the last n.")]
+Threshold = Annotated[str, typer.Option(help="Heat above which a pixel belongs to a class, 0 to 1; auto: by Otsu's rule from the map itself, without any label.")]
+MaskFolder = Annotated[Optional[Path], typer.Option(help="Folder for masks of the last method: palette PNG, and classes.txt with the name of each number.")]
+MapFolder = Annotated[Optional[Path], typer.Option(help="Folder for heat maps of the last method, .npz as `adcam seeds` writes them.")]
+
 # %% ../nbs/14_cli.ipynb #04e1db02
 @app.command()
 def explain(
-    photo: Annotated[str, typer.Argument(help="Picture: JPEG, PNG, WebP, TIFF or BMP.")],
-    out: Annotated[Path, typer.Option(help="Picture to write: .png, .jpg, .pdf or .svg.")] = Path("overlay.png"),
-    classes: Annotated[Optional[str], typer.Option(help="ImageNet names, synsets or numbers, separated by commas; what the CNN predicts if not given.")] = None,
+    photos: Pictures, out: Overlay = None, classes: ClassesWanted = None,
+    top: Annotated[int, typer.Option(min=1, help="How many classes, if none are named.")] = 2,
     cnn: Annotated[str, typer.Option(help="timm name of the network for the class maps.")] = "resnet50",
     vit: Annotated[str, typer.Option(help="timm name of the network for the attention.")] = "deit_small_patch16_224",
-    network: Annotated[Optional[str], typer.Option(help="Both in one word, CNN+VIT, as in the other commands.")] = None,
+    network: BothNames = None,
     cnn_weights: Annotated[Optional[Path], typer.Option(help="File with weights of the CNN instead of a download.")] = None,
     vit_weights: Annotated[Optional[Path], typer.Option(help="File with weights of the ViT instead of a download.")] = None,
+    weights: Trained = None, class_names: ClassNames = None,
     random_weights: Annotated[bool, typer.Option("--random-weights", help="No weights at all, to try the command.")] = False,
     methods: Annotated[str, typer.Option(help="cam, ts_cam, trans_cam, att_diffu, ad_cam, separated by commas.")] = "cam,ts_cam,ad_cam",
     k: Annotated[Optional[int], typer.Option("-k", "--k", help="Neighbors kept per patch; 50 on 576 patches if not given, in proportion on other grids.")] = None,
     steps: Annotated[int, typer.Option(help="Diffusion steps T.")] = 2,
     direction: Annotated[str, typer.Option(help="pull, or push as printed.")] = "pull",
-    layers: Annotated[str, typer.Option(help="Blocks of the ViT: half (the last half), all, or a number n for the last n.")] = "half",
-    threshold: Annotated[float, typer.Option(help="Heat above which a pixel belongs to a class, 0 to 1.")] = 0.4,
+    layers: Layers = "half", threshold: Threshold = "0.4", save_masks: MaskFolder = None, save_maps: MapFolder = None,
     size: Annotated[int, typer.Option(help="The input has the area of a square of so many pixels.")] = 384,
     max_megapixels: Annotated[float, typer.Option(help="Larger pictures are refused.")] = 50,
     device: Device = "auto",
 ) -> None:
-    "Heat maps and masks of CAM, TS-CAM and AD-CAM for a picture of your own."
-    from adcam.devices import pick_device
-    from adcam.photo import explain as run
-    if network is not None:
-        from adcam.networks import network_name
-        what = network_name(network)
-        if what.kind != "pair":
-            raise ValueError(f"--network {network}: a picture needs a pair CNN+VIT; or name --cnn and --vit")
-        cnn, vit = what.cnn, what.vit
-    found = run(photo, classes, cnn, vit, methods=[m.strip() for m in methods.split(",")], k=k, steps=steps, direction=direction,
-                layers=int(layers) if layers.isdecimal() else layers, threshold=threshold, size=size, pretrained=not random_weights,
-                cnn_weights=cnn_weights, vit_weights=vit_weights, max_pixels=int(max_megapixels * 1e6), device=None if device == 'auto' else pick_device(device))
-    found.save(out)
+    "Heat maps and masks of CAM, TS-CAM and AD-CAM for pictures of your own."
+    ask = dict(classes=classes, top=top, methods=[m.strip() for m in methods.split(",")], k=k, steps=steps, direction=direction,
+               layers=int(layers) if layers.isdecimal() else layers, threshold=_value(threshold), size=size)
+    if weights is not None:
+        ask["model"], ask["class_names"] = _own_network(weights, cnn_weights, vit_weights, network, _class_names(class_names))
+    elif class_names:
+        raise ValueError("--class-names are those of a trained network: name it by --weights")
+    else:
+        cnn, vit = _both(network, cnn, vit)
+        ask |= dict(cnn=cnn, vit=vit, pretrained=not random_weights, cnn_weights=cnn_weights, vit_weights=vit_weights)
+    _explain_all(_pictures(photos), any(Path(p).is_dir() for p in photos), out, ask, save_masks, save_maps, int(max_megapixels * 1e6), device)
+
+# %% ../nbs/14_cli.ipynb #8c172761
+def _save_maps(found, path: Path, method: str, numbers: list) -> None:
+    "Heat maps in the form of seeds; class number n is line n of classes.txt, from 1, in seeds from 0."
+    import numpy as np
+    from adcam.seeds import Seed, save_seed
+    h, w = found.image.shape[:2]
+    save_seed(path, Seed(np.array(numbers) - 1, found.heat_map(method, (-(-h // 4), -(-w // 4))), found.heat_map(method)))
+
+def _in_full(found) -> None:
+    "Everything about one photograph."
     for note in found.notes:
         typer.echo(f"note: {note}")
     for index, name, logit in zip(found.indices, found.classes, found.logits):
-        typer.echo(f"class {index} {name}: logit {logit:.2f}")
+        typer.echo(f"class {name}: logit {logit:.2f}" if isinstance(index, tuple) else f"class {index} {name}: logit {logit:.2f}")
+
+def _ending(found, methods: list) -> None:
+    "What holds for all photographs: weights and settings."
     for branch, w in found.weights.items():
         typer.echo(f"{branch} weights: {w['source']}" + (f" sha256 {w['sha256']}" if w["sha256"] else ""))
-    typer.echo("settings: " + ", ".join(f"{name} {value}" for name, value in found.settings.items()))
-    typer.echo(f"wrote {out}")
+    rule = "Otsu's, from each map alone: " + ", ".join(f"{m} {found.cut(m):.2f}" for m in methods) if found.threshold == "auto" else f"{found.threshold:g}"
+    typer.echo("settings: " + ", ".join(f"{name} {value}" for name, value in found.settings.items()) + f", threshold {rule}")
+
+# %% ../nbs/14_cli.ipynb #53a9105a
+def _explain_all(pictures: list, folders: bool, out: Optional[Path], ask: dict, masks: Optional[Path], maps: Optional[Path], max_pixels: int, device: str) -> None:
+    "Explain one picture after the other; those that cannot be read are told at the end."
+    from adcam.data import Skipped
+    from adcam.devices import pick_device
+    from adcam.files import why_left_out
+    from adcam.photo import explain as run, number_classes, read_photo, save_masks
+    from adcam.progress import tqdm
+    several = folders or len(pictures) > 1
+    out = out or Path("overlays" if several else "overlay.png")
+    if several and out.suffix.lower() in (".png", ".jpg", ".jpeg", ".pdf", ".svg"):
+        raise ValueError(f"--out {out} is one picture, and there are several photographs: name a folder")
+    place = None if device == "auto" else pick_device(device)
+    if "model" in ask:
+        ask["model"].to(pick_device(device))
+    left_out, found, method = [], None, ask["methods"][-1]
+    for file, name in tqdm(pictures, desc="explain", unit="image", disable=not several):
+        try:
+            photo = read_photo(file, max_pixels)
+        except (ValueError, OSError) as error:
+            if not several:
+                raise
+            left_out.append(Skipped(name, why_left_out(error)))
+            continue
+        found = run(photo, **ask, device=place)
+        target = found.save(out / f"{name}.png" if several or out.is_dir() else out)
+        if masks:
+            save_masks(found, masks, name, method)
+        if maps:
+            _save_maps(found, maps / f"{name}.npz", method, number_classes(found.short, maps / "classes.txt"))
+        if several:
+            tqdm.write(f"{target}: " + ", ".join(f"{n} {logit:.2f}" for n, logit in zip(found.short, found.logits)))
+        else:
+            _in_full(found)
+    if found is None:
+        raise ValueError(f"none of the {len(pictures)} photographs can be read. The first: {left_out[0].reason}")
+    _ending(found, ask["methods"])
+    typer.echo(f"wrote {len(pictures) - len(left_out)} pictures to {out}" if several else f"wrote {target}")
+    for what, where in (("masks", masks), ("maps", maps)):
+        if where:
+            typer.echo(f"wrote {what} of {method} to {where}; classes.txt names their numbers")
+    _tell_skipped(left_out, len(pictures))
 
 # %% ../nbs/14_cli.ipynb #1d71d5d9
 @app.command()

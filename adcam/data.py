@@ -22,7 +22,7 @@ from typing import Callable, NamedTuple
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
+from .progress import tqdm
 from .files import atomic_write, dead_workers_in_words, follow_parent, read_reports
 from .scenes import Sample, Scenes
 

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from joblib import Parallel, delayed
-from tqdm.auto import tqdm
+from .progress import tqdm
 from .data import check_png, weak_sample
 from .files import Account, claimed, dead_workers_in_words, follow_parent, made_with, shielded, why_left_out, write_report
 from .seeds import load_seed

@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
-from tqdm.auto import tqdm
+from .progress import tqdm
 from .crf import DEEPLAB, dense_crf, unary_from_logits
 from .data import Skipped, image_of, mask_of, read_mask, save_mask
 from .deeplab import poly_rate, segmentation_loss

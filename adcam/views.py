@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import ColorJitter
 from torchvision.transforms.functional import to_pil_image
-from tqdm.auto import tqdm
+from .progress import tqdm
 from .data import to_tensor
 from .files import one_at_a_time
 from .training import EpochBatches, arithmetic, check_numbers, make_accelerator, origin, read_run, settings_of, train_epochs

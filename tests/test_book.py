@@ -1,4 +1,5 @@
 """The notebooks as a book: no number that its file does not confirm, no link that leads nowhere, no picture that is not in results/."""
+import json
 import re
 import sys
 from functools import cache
@@ -6,9 +7,11 @@ from urllib.parse import unquote
 
 import pytest
 from conftest import ROOT
+from adcam.viz import Result
 from test_house import EXPORTED, NOTEBOOKS, name_of, read
 
 sys.path.insert(0, str(ROOT / "tools"))
+import outcome  # noqa: E402
 import quotes  # noqa: E402
 
 PAGES = [*NOTEBOOKS, ROOT / "README.md", ROOT / "DEPARTURES.md"]
@@ -62,6 +65,40 @@ def test_number_of_the_paper_is_given():
 def test_words_that_fit_two_rows_are_found():
     (fault,) = quotes.cell_faults(QUOTE.format("38.4", "38.4").replace("stopped cam", "cam"))
     assert "2 rows" in fault and "differ in group" in fault
+
+
+# ---------------------------------------------------------------- results where they are discussed
+
+@pytest.mark.parametrize("path", outcome.PAPER, ids=name_of)
+def test_figure_notebook_shows_what_results_hold(path):
+    assert outcome.faults(path) == [], "run python tools/outcome.py"
+
+
+@pytest.mark.parametrize("path", outcome.PAPER, ids=name_of)
+def test_figure_notebook_is_small(path):
+    assert path.stat().st_size <= 800_000
+
+
+@pytest.mark.parametrize("path", [p for p in outcome.PAPER if p.stem != "coco"], ids=name_of)
+def test_figure_notebook_shows_its_result(path):
+    assert any(outcome.shown(c) for c in read(path).cells)
+
+
+def test_stale_picture_is_found(tmp_path):
+    cell = {"cell_type": "code", "id": "a", "source": 'Result("mini/fig4.png")', "outputs": [{"metadata": {"sha256": "0"}}]}
+    (tmp_path / "x.ipynb").write_text(json.dumps({"cells": [cell]}))
+    assert outcome.faults(tmp_path / "x.ipynb") == ["cell a does not show results/mini/fig4.png as it is now"]
+
+
+def test_output_of_a_smoke_run_is_found(tmp_path):
+    cell = {"cell_type": "code", "id": "a", "source": "1 + 1", "outputs": [{"data": {"text/plain": "2"}}]}
+    (tmp_path / "x.ipynb").write_text(json.dumps({"cells": [cell]}))
+    assert outcome.faults(tmp_path / "x.ipynb") == ["cell a has an output that is not from results/"]
+
+
+def test_missing_result_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "make results" in Result("mini/none.png")._repr_mimebundle_()["text/plain"]
 
 
 # ---------------------------------------------------------------- links

@@ -304,6 +304,15 @@ def test_no_network(monkeypatch, tmp_path):
     with pytest.raises(ConnectionError, match="--vit-weights FILE"): TwoBranch("test_resnet", "deit_tiny_patch16_224", cnn_weights=tmp_path / "c.safetensors", pretrained=True)
 
 
+def test_a_silent_name_server_costs_seconds(monkeypatch):
+    "requests knows no timeout for names: the question is left after a while, and the reason is one line"
+    import time
+    import adcam.branches as branches
+    monkeypatch.setattr("requests.head", lambda *a, **k: time.sleep(30))
+    began = time.monotonic()
+    assert branches._silent("https://example.org", .2) == "no answer in 0.2 s" and time.monotonic() - began < 2
+
+
 def test_checkpoint(tmp_path):
     from adcam.classifier import save_weights
     build = lambda K=2, **o: TwoBranch("test_resnet", "test_vit", K, **o)

@@ -67,11 +67,10 @@ def test_notebook_is_clean(path):
 
 
 @pytest.mark.parametrize("path", PAPER, ids=name_of)
-def test_figure_notebook_has_one_parameters_cell_and_no_outputs(path):
+def test_figure_notebook_has_one_parameters_cell(path):
     cells = read(path).cells
     tagged = [i for i, c in enumerate(cells) if "parameters" in c.metadata.get("tags", [])]
     assert len(tagged) == 1, f"{len(tagged)} cells carry the tag `parameters`; papermill needs exactly one"
-    assert not any(c.get("outputs") for c in cells), "commit figure notebooks without outputs"
     lines = [x for x in cells[tagged[0]].source.splitlines() if x.strip() and not x.lstrip().startswith("#")]
     for line in lines:
         assert re.match(r"\w+\s*:\s*[\w\[\], .|]+=.*#\s*\S", line), f"`{line}` needs a type and a comment: papermill shows them as help"
