@@ -156,7 +156,9 @@ def test_module_imports_nothing_of_the_workshop(path):
             found |= {a.name.split(".")[0] for a in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level:
             found.add(node.module.split(".")[0])
-    assert not found & {"fastcore", "nbdev", "execnb", "pytest", "hypothesis"}
+    assert not found & {"nbdev", "execnb", "pytest", "hypothesis"}
+    tools = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("fastcore")]
+    assert all(ast.unparse(n) == "from fastcore.basics import patch" for n in tools), "of fastcore a module needs `patch`, and no more"
 
 
 @pytest.mark.parametrize("path", EXPORTED, ids=name_of)
