@@ -291,8 +291,8 @@ def _bytes(m): return np.round(m*255).astype(np.uint8)
 def _packed(s):
     "One photograph for the page"
     h, w = s.image.shape[:2]
-    size = (-(-h//3), -(-w//3))
-    maps = [] if s.maps is None else [_uri(_bytes(_resized(m, size, Image.Resampling.BILINEAR).clip(0, 1))) for m in s.maps]
+    size = (-(-h//2), -(-w//2))
+    maps = [] if s.maps is None else [_uri(_bytes(_resized(m, size, Image.Resampling.BOX).clip(0, 1))) for m in s.maps]
     flat = {n: _uri(a) for n, a in (("mask", s.mask), ("truth", s.truth)) if a is not None}
     return dict(id=s.id, w=w, h=h, labels=s.labels(), keys=list(s.keys), photo=_uri(s.image, "jpeg", quality=82), maps=maps, **flat)
 
