@@ -149,8 +149,8 @@ def show_seeds(
 def class_number(classes, name: str) -> int:
     "Number of a class in masks, 1..K, from its name. `ValueError` names the nearest"
     if name in classes: return list(classes).index(name) + 1
-    from adcam.data import _nearest
-    raise ValueError(f"no class {name!r}{_nearest(name, classes) or '; there are ' + ', '.join(classes[:25])}")
+    from adcam.data import nearest_name
+    raise ValueError(f"no class {name!r}{nearest_name(name, classes) or '; there are ' + ', '.join(classes[:25])}")
 
 # %% ../nbs/08b_show.ipynb #61542819
 class Gallery(NamedTuple):
