@@ -18,12 +18,11 @@ import contourpy
 import numpy as np
 from PIL import Image
 from scipy import ndimage
-from tqdm import tqdm
 
-from .data import Skipped, Subset, class_names, coco_mask, image_of, orientation, read_coco, read_image, read_list, read_mask, check_id
-from .data import _BACKGROUND, _IGNORED, _nearest, _nfc, _text
+from .data import Skipped, Subset, check_id, class_names, coco_mask, image_of, nearest_name, orientation, read_coco, read_image, read_list, read_mask, save_mask
+from .data import _BACKGROUND, _IGNORED, _nfc, _text
 from .files import atomic_write, one_at_a_time, why_left_out
-from .irnet import save_mask
+from .progress import tqdm
 from .viz import palette
 
 # %% ../nbs/12c_export.ipynb #60801692
@@ -302,7 +301,7 @@ def number_of(
     if text in classes: return classes.index(text) + 1
     if text.lower() in _BACKGROUND: return 0
     if text.lower() in _IGNORED: return 255
-    raise ValueError(f"{where} is named {text!r}, which is no class{_nearest(text, classes) or '; there are ' + ', '.join(classes[:25])}")
+    raise ValueError(f"{where} is named {text!r}, which is no class{nearest_name(text, classes) or '; there are ' + ', '.join(classes[:25])}")
 
 # %% ../nbs/12c_export.ipynb #9d0192e5
 def _json(path, what):

@@ -15,9 +15,8 @@ from PIL import Image
 
 from adcam import export
 from adcam.cli import main
-from adcam.data import COCO2014, VOCFolder, open_data
+from adcam.data import COCO2014, VOCFolder, open_data, save_mask
 from adcam.export import FORMATS, export_masks, fill, import_masks, painted, polygons
-from adcam.irnet import save_mask
 from adcam.scenes import write_voc
 from adcam.segment import check_masks, load_mask
 
