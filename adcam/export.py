@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['BACKGROUND', 'IGNORE', 'FORMATS', 'fill', 'outline', 'simplified', 'Region', 'regions', 'layers', 'polygons',
-           'painted', 'Marked', 'save_photo', 'Exported', 'export_masks', 'Correction', 'number_of', 'Imported',
-           'import_masks']
+           'painted', 'Marked', 'save_photo', 'Exported', 'export_masks', 'Correction', 'is_class', 'number_of',
+           'Imported', 'import_masks']
 
-# %% ../nbs/12c_export.ipynb #eff04346
-import base64, contextlib, io, itertools, json, tempfile, zipfile
+# %% ../nbs/12c_export.ipynb #8ccb37fe
+import base64, contextlib, io, itertools, json, tempfile, unicodedata, zipfile
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,7 +20,6 @@ from PIL import Image
 from scipy import ndimage
 
 from .data import Skipped, Subset, check_id, class_names, coco_mask, image_of, nearest_name, orientation, read_coco, read_image, read_list, read_mask, save_mask
-from .data import _BACKGROUND, _IGNORED, _nfc, _text
 from .files import atomic_write, one_at_a_time, why_left_out
 from .progress import tqdm
 from .viz import palette
@@ -291,6 +290,13 @@ class Correction(NamedTuple):
     mask: Callable         # (H,W) -> (H,W) uint8; raises `ValueError` in words
     data: bytes|None = None  # the photograph itself, where a tool puts it into its file
 
+_ZERO = ("background", BACKGROUND, "__background__", "bg")                    # as tools and people write 0
+_VOID = (IGNORE, "_ignore_", "ignore", "__void__", "_void_", "void")          # and 255
+
+def is_class(name: str) -> bool:
+    "Does a name mean a class, and neither background nor undecided pixels?"
+    return name.strip().lower() not in _ZERO + _VOID
+
 def number_of(
     label: str,       # as a person wrote it
     classes: tuple,   # K names
@@ -299,11 +305,16 @@ def number_of(
     "Class number of a label"
     text = str(label).strip()
     if text in classes: return classes.index(text) + 1
-    if text.lower() in _BACKGROUND: return 0
-    if text.lower() in _IGNORED: return 255
+    if text.lower() in _ZERO: return 0
+    if text.lower() in _VOID: return 255
     raise ValueError(f"{where} is named {text!r}, which is no class{nearest_name(text, classes) or '; there are ' + ', '.join(classes[:25])}")
 
-# %% ../nbs/12c_export.ipynb #9d0192e5
+# %% ../nbs/12c_export.ipynb #3c672ff0
+def _named(path):
+    "Lines of a text file that are not empty"
+    try: return [line for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError as e: raise ValueError(f"{path} is not UTF-8 text; save it as UTF-8") from e
+
 def _json(path, what):
     try: found = json.loads(Path(path).read_bytes())
     except (ValueError, RecursionError) as e: raise ValueError(f"cannot read {what} {path}: {e}") from e
@@ -354,7 +365,7 @@ def _from_labelme(source, classes, skipped, **_):
     files = sorted(source.glob("[!.]*.json")) if source.is_dir() else [source]
     names = (source if source.is_dir() else source.parent)/"labels.txt"
     if classes is None and not names.is_file(): raise FileNotFoundError(f"no {names}, so the classes and their order are not known; name them: --classes")
-    classes = classes or class_names([n for n in map(str.strip, _text(names).splitlines()) if n], names)
+    classes = classes or class_names(filter(is_class, _named(names)), names)
     found = []
     for path in files:
         try: found.append(_one_labelme(path, classes))
@@ -410,7 +421,7 @@ def _from_cvat(source, classes, **_):
     except ET.ParseError as e: raise ValueError(f"cannot read {path}: {e}. Export it again") from e
     images = list(root.iter("image"))
     if root.tag != "annotations" or not images: raise ValueError(f"{path} is not of the format CVAT for images 1.1: it has no image")
-    names = [n for n in (l.findtext("name") or "" for l in root.iter("label")) if n.lower() not in (*_BACKGROUND, *_IGNORED)]
+    names = [n for n in (l.findtext("name") or "" for l in root.iter("label")) if is_class(n)]
     if not names and classes is None: raise ValueError(f"{path} lists no labels; name the classes: --classes")
     classes = classes or class_names(names, path)
     def one(e):
@@ -421,7 +432,7 @@ def _from_cvat(source, classes, **_):
 # %% ../nbs/12c_export.ipynb #5595d76d
 def _labelmap(path):
     "{color: name} of CVAT's labelmap.txt"
-    rows = [line.split(":") for line in _text(path).splitlines() if line.strip() and not line.startswith("#")]
+    rows = [line.split(":") for line in _named(path) if not line.startswith("#")]
     try: return {tuple(int(v) for v in r[1].split(",")): r[0] for r in rows}
     except (IndexError, ValueError) as e: raise ValueError(f"{path} is no label map: expected lines such as cat:64,0,0::") from e
 
@@ -440,8 +451,8 @@ def _colored(path, colors, classes, size):
 def _from_voc(source, classes, split, **_):
     if not (source/"SegmentationClass").is_dir(): raise FileNotFoundError(f"no folder {source/'SegmentationClass'}; name the one that holds it")
     colors = _labelmap(source/"labelmap.txt") if (source/"labelmap.txt").is_file() else {}
-    listed = class_names(_text(source/"classes.txt").split("\n")[:-1], source/"classes.txt") if (source/"classes.txt").is_file() else None
-    names = listed or tuple(n for n in colors.values() if n.lower() not in (*_BACKGROUND, *_IGNORED)) or classes
+    listed = class_names(_named(source/"classes.txt"), source/"classes.txt") if (source/"classes.txt").is_file() else None
+    names = listed or tuple(n for n in colors.values() if is_class(n)) or classes
     if not names: raise ValueError(f"{source} has neither classes.txt nor labelmap.txt; name the classes: --classes")
     classes, folder = classes or class_names(names, source), source/"SegmentationClass"
     there, lists = sorted(p.stem for p in folder.glob("[!.]*.png")), source/f"ImageSets/Segmentation/{split}.txt"
@@ -455,6 +466,8 @@ _READ = dict(coco=_from_coco, labelme=_from_labelme, cvat=_from_cvat, voc=_from_
 
 # %% ../nbs/12c_export.ipynb #52f8448f
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+
+def _nfc(name): return unicodedata.normalize("NFC", name).replace("\\", "/")           # macOS writes é as two characters
 
 def _photographs(folders, leave):
     "{name and stem: path} of all pictures below some folders, but for masks"
