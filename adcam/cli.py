@@ -8,9 +8,10 @@ __all__ = ['app', 'Data', 'Split', 'Images', 'Device', 'Precision', 'data_app', 
            'Recipe', 'AllCores', 'SmallBackbone', 'Pair', 'segment_app', 'SegNet', 'SegProfile', 'Backbone', 'Pictures',
            'Overlay', 'ClassesWanted', 'BothNames', 'Trained', 'ClassNames', 'Layers', 'Threshold', 'MaskFolder',
            'MapFolder', 'main', 'version', 'scenes', 'Kind', 'check', 'get', 'convert', 'weights', 'profile', 'seeds',
-           'seeds_check', 'seeds_merge', 'evaluate', 'show', 'train', 'train_heads', 'train_cam_command',
-           'train_recam_command', 'irnet_labels', 'irnet_train', 'irnet_masks', 'crf', 'segment_train',
-           'segment_predict', 'whole_run', 'own_masks', 'explain', 'checkpoints', 'paper', 'bench']
+           'seeds_check', 'seeds_merge', 'evaluate', 'show', 'Form', 'export_command', 'import_command', 'train',
+           'train_heads', 'train_cam_command', 'train_recam_command', 'irnet_labels', 'irnet_train', 'irnet_masks',
+           'crf', 'segment_train', 'segment_predict', 'whole_run', 'own_masks', 'explain', 'checkpoints', 'paper',
+           'bench']
 
 # %% ../nbs/14_cli.ipynb #e9194bbd
 import contextlib
@@ -487,6 +488,62 @@ def show(
     typer.echo(f"{numbers_line(g, t, number)}{'; ' + note[0].lower() + note[1:-1] if note else ''}")
     typer.echo(f"wrote {', '.join(map(str, files))} ({sum(f.stat().st_size for f in files) / 1e6:.1f} MB)")
     _tell(picked)
+
+# %% ../nbs/14_cli.ipynb #220062e8
+class Form(str, Enum):
+    "Formats of correction tools."
+    coco = "coco"
+    labelme = "labelme"
+    cvat = "cvat"
+    voc = "voc"
+
+def _class_list(text: Optional[str]) -> Optional[tuple]:
+    "Class names from a file with a name per line, or separated by commas."
+    if text is None:
+        return None
+    from adcam.data import class_names
+    path = Path(text)
+    names = path.read_text(encoding="utf-8-sig").splitlines() if path.is_file() else text.split(",")
+    return class_names([n for n in names if n.strip()], text)
+
+# %% ../nbs/14_cli.ipynb #bc330937
+@app.command("export")
+def export_command(
+    folder: Annotated[Path, typer.Argument(metavar="MASKS", help="Folder of masks, ID.png.")],
+    to: Annotated[Form, typer.Option(help="coco (run lengths), labelme (polygons), cvat (CVAT for images 1.1, masks) or voc.")],
+    out: Annotated[Path, typer.Option(help="A new folder: annotations, and copies of the photographs.")],
+    data: Data = "mini", split: Split = "train",
+    limit: Annotated[Optional[int], typer.Option("--limit", "--n", min=1, help="Only the first N images.")] = None,
+    tolerance: Annotated[float, typer.Option(min=0.0, help="labelme: pixels by which an outline may move, so that it has few corners; 0 keeps every pixel.")] = 1.0,
+    min_area: Annotated[int, typer.Option("--min-area", min=0, help="labelme and cvat: leave out regions of fewer pixels.")] = 0,
+) -> None:
+    "Hand masks to a tool in which people correct them."
+    from adcam.export import export_masks
+    picked = _images(data, split, limit, files=folder, suffix=".png")
+    done = export_masks(picked.ds, folder, out, to.value, split, tolerance, min_area, progress=sys.stderr.isatty())
+    typer.echo(f"wrote {len(done.ids)} photographs with {done.shapes} {'files' if to is Form.voc else 'shapes'} to {out}")
+    if done.undecided:
+        how = dict(coco="in the field `ignore` of the image, which other programs pass over", voc="as 255").get(to.value, "as shapes named __ignore__")
+        typer.echo(f"{done.undecided} of them have undecided pixels (255), kept {how}")
+    _tell(picked.also(done.skipped))
+
+# %% ../nbs/14_cli.ipynb #03df2bfc
+@app.command("import")
+def import_command(
+    source: Annotated[Path, typer.Argument(metavar="FILE|FOLDER", help="What the tool wrote: a folder, a JSON or XML file, or CVAT's zip.")],
+    form: Annotated[Form, typer.Option("--from", help="coco, labelme, cvat or voc.")],
+    out: Annotated[Path, typer.Option(help="A new folder, in VOC layout: `adcam segment train --data voc:OUT`.")],
+    images: Annotated[Optional[Path], typer.Option(help="Folder of the photographs, if they do not lie beside the annotations.")] = None,
+    classes: Annotated[Optional[str], typer.Option(help="A file with a name per line, or names separated by commas, in the order of the mask numbers; the tool's list if not given.")] = None,
+    split: Annotated[str, typer.Option(help="Name of the list to write.")] = "train",
+) -> None:
+    "Make a data set of corrected masks."
+    from adcam.export import import_masks
+    done = import_masks(source, out, form.value, _class_list(classes), images, split, progress=sys.stderr.isatty())
+    typer.echo(f"{len(done.ids)} photographs with masks of {len(done.classes)} classes in {out}; `adcam segment train --data voc:{out} --split {split}` reads them")
+    if done.empty:
+        typer.echo(f"{len(done.empty)} masks have no object, first {done.empty[0]}")
+    _tell_skipped(done.skipped, len(done.ids) + len(done.skipped))
 
 # %% ../nbs/14_cli.ipynb #11d8bc29
 def _kept_back(ds, hold_out: bool) -> tuple:
