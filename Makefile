@@ -31,10 +31,10 @@ WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count() or 1, 8))')
 QUIET     := 2> >(grep -v 'over TCP without encryption' >&2)
 PAPERMILL := $(BIN)papermill -k python3 --no-progress-bar --start-timeout 180 --execution-timeout 3600
 
-.PHONY: help install figure4 table3 fig1 fig5 fig6 theorem41 table1 table2 coco photos voc voc-public claims results checkpoints bench bench-gpu test check readme clean
+.PHONY: help install figure4 table3 fig1 fig2_3 fig5 fig6 theorem41 table1 table2 coco photos voc voc-public claims results checkpoints bench bench-gpu test check readme clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z][a-z0-9-]*:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z][a-z0-9_-]*:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 ifneq ($(READY),)
 $(READY): pyproject.toml $(CONSTRAINTS)
@@ -52,7 +52,7 @@ install: $(READY) ## create .venv and install adcam with its tools (minutes the 
 # $(call paper,NAME): run one notebook at full size; its kernel, its parameters and its output are named on the line.
 define paper
 	@mkdir -p $(OUT)
-	$(PAPERMILL) nbs/paper/$(1).ipynb $(OUT)/$(1).ipynb -f configs/$(1).yaml -p out_dir $(OUT) $(QUIET)
+	$(PAPERMILL) nbs/paper/$(1).ipynb $(OUT)/$(1).ipynb -f configs/$(1).yaml -p out_dir $(OUT) $(WITH) $(QUIET)
 	@$(PY) tools/show.py $(OUT) $(1)
 endef
 
@@ -73,6 +73,10 @@ theorem41: install ## Theorem 4.1 checked on random neighborhoods
 
 fig1: install ## Figure 1: heat maps of a CNN, a ViT, TS-CAM and AD-CAM with their FP and FN
 	$(call paper,fig1)
+
+# Figure 3 on photographs: make fig2_3 OUT=results/voc WITH="-p data FOLDER -p vit_weights FILE"
+fig2_3: install ## Figures 2 and 3: the pipeline with its shapes, the refinement of an attention matrix
+	$(call paper,fig2_3)
 
 table1: install ## Table 1: ten methods from seeds to segmentation networks (an hour to an hour and a half on two cores)
 	$(call paper,table1)
@@ -116,7 +120,7 @@ claims: OUT = results/claims
 claims: install ## every claim of the paper with its verdict, read from results/
 	$(call paper,claims)
 
-results: figure4 table3 fig1 fig5 fig6 theorem41 table1 table2 ## every table and figure on Scenes
+results: figure4 table3 fig1 fig2_3 fig5 fig6 theorem41 table1 table2 ## every table and figure on Scenes
 
 checkpoints: install ## train the three seeds anew, with and without stop-gradient (hours on a CPU)
 	$(PY) -m adcam.cli checkpoints

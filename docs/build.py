@@ -25,9 +25,9 @@ ROOT = Path(__file__).resolve().parent.parent
 _parser = configparser.ConfigParser(interpolation=None)
 _parser.read(ROOT / "settings.ini")
 settings = _parser["DEFAULT"]
-MATHJAX = ("sphinx-mathjax-offline", "tex-svg.js", "d4295dc33744836935c1399feece5159577b34c5c8ffb9f1c6324cd82e03a882")  # MathJax 3.2.2 as on npm
+MATHJAX = ("sphinx-mathjax-offline", "tex-svg-full.js", "a4354ff94fd868aea0cc6eaaa79a57fda0588646fc46ee3700a349ee0a11cbe6")  # MathJax 3.2.2 as on npm
 SRC = ROOT / ".cache/docs/src"
-LONG = 10  # exported cells with more lines than this are folded
+LONG = 16  # exported cells with more lines than this are folded
 
 # ---------------------------------------------------------------- notebooks
 
@@ -74,7 +74,7 @@ def ways_in(path: Path, module: str) -> str:
     name = path.relative_to(ROOT).as_posix()
     up = "../" * name.count("/")
     api = f"[API of `adcam.{module}`]({up}api/adcam.{module}.md) · " if module else ""
-    return f"{api}{{download}}`Notebook <{up}files/{name}>`"
+    return f"{api}{{download}}`Download the notebook <{up}files/{name}>`"
 
 
 def with_results(nb, name: str) -> None:
@@ -228,7 +228,9 @@ def prepare(src: Path) -> None:
     for name in ("DEPARTURES.md", "LICENSE", "CITATION.cff", "constraints.txt"): write(src / name, (ROOT / name).read_text())
     for path in committed(ROOT / "results"):
         if path.suffix in (".png", ".md", ".json", ".csv"):
-            write(src / path.relative_to(ROOT), b"---\norphan: true\n---\n" * (path.suffix == ".md") + path.read_bytes())
+            head = f"---\norphan: true\nnosearch: true\n---\n# {path.stem} ({path.parent.name})\n\n" if path.suffix == ".md" else ""
+            write(src / path.relative_to(ROOT), head.encode() + path.read_bytes())
+    entries["Start"].insert(0, "What this is <self>")
     entries["Reference"] += ["api/index", "DEPARTURES"]
     write(src / "index.md", landing(entries))
     shutil.copy(Path(__file__).parent / "site.css", src / "_static")

@@ -18,11 +18,12 @@ myst_heading_anchors = 4
 myst_heading_slug_func = "build.jupyter_anchor"        # links are written as JupyterLab wants them
 python_maximum_signature_line_length = 80
 toc_object_entries_show_parents = "hide"
-mathjax_path = "tex-svg.js"                            # one file without fonts, copied from a package by docs/build.py
+mathjax_path = "tex-svg-full.js"                       # one file without fonts, copied from a package by docs/build.py
 html_theme = "furo"
 html_title = project
 html_static_path = [str(SRC / "_static")]
 html_css_files = ["site.css"]
+html_favicon = str(Path(__file__).parent / "icon.svg")
 html_copy_source = html_show_sourcelink = False
 html_use_opensearch = ""
 html_baseurl = os.environ.get("SITE_URL", "")
