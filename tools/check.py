@@ -38,7 +38,7 @@ def main() -> int:
         how = "is new" if name not in before else "differed from its source"
         print(f"  {name} {how}", file=sys.stderr)
     if changed:
-        print("edit notebooks, not modules; then commit what `make check` has just rewritten", file=sys.stderr)
+        print("edit notebooks, not modules, and run `make export`; now commit what `make check` has just rewritten", file=sys.stderr)
     else:
         print(f"{len(after)} files agree with their notebooks")
     return bool(changed)
