@@ -31,7 +31,7 @@ WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count() or 1, 8))')
 QUIET     := 2> >(grep -v 'over TCP without encryption' >&2)
 PAPERMILL := $(BIN)papermill -k python3 --no-progress-bar --start-timeout 180 --execution-timeout 3600
 
-.PHONY: help install figure4 table3 fig1 fig2_3 fig5 fig6 theorem41 table1 table2 coco photos voc voc-public claims results outcome redraw checkpoints bench bench-gpu test export check readme clean
+.PHONY: help install figure4 table3 fig1 fig2_3 fig5 fig6 theorem41 table1 table2 coco photos voc voc-public claims results outcome redraw checkpoints bench bench-gpu test export check readme docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z][a-z0-9_-]*:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -152,6 +152,11 @@ readme: install ## run nbs/index.ipynb on what was measured, write README.md fro
 	$(PY) -m nbconvert --log-level ERROR --to notebook --execute --inplace nbs/index.ipynb $(QUIET)
 	$(BIN)nbdev_clean --fname nbs/index.ipynb
 	$(PY) tools/readme.py
+
+# Sphinx is not part of `make install`; it reads the notebooks as they are committed and runs none
+docs: install ## the whole book as a site that needs no server: _docs/index.html (a minute)
+	$(PIP) $(shell $(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
+	$(PY) docs/build.py _docs
 
 clean: ## remove caches and executed notebooks, keep what was measured
 	rm -rf .cache _proc _docs build dist .pytest_cache .hypothesis results/try

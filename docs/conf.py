@@ -1,5 +1,4 @@
 """Sphinx settings of the site; docs/build.py writes the pages that it reads."""
-import os
 import sys
 from pathlib import Path
 
@@ -26,5 +25,4 @@ html_css_files = ["site.css"]
 html_favicon = str(Path(__file__).parent / "icon.svg")
 html_copy_source = html_show_sourcelink = False
 html_use_opensearch = ""
-html_baseurl = os.environ.get("SITE_URL", "")
 html_theme_options = {"navigation_with_keys": True, "top_of_page_buttons": []}
