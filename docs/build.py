@@ -53,9 +53,19 @@ def notebook_page(path: Path, executed: list[Path] = ()) -> nbformat.NotebookNod
             elif "# solution" in cell.source: fold(cell, "a solution, after you have tried")
             for o in cell.outputs: strip_paths(o)
         if cell.source: cells.append(cell)
+    nb.metadata.pop("widgets", None)
+    for cell in cells:
+        if cell.cell_type == "markdown": cell.source = relinked(cell.source)
+        for o in cell.get("outputs", []): o.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)  # needs scripts from elsewhere, and a kernel
     cells[0].source = re.sub(r"^- \w+: .*\n?", "", cells[0].source, flags=re.M) + f"\n\n{ways_in(path, module)}"
     nb.cells = cells
     return nb
+
+
+def relinked(text: str) -> str:
+    "Students' versions have no page; anchors that a Markdown file writes out as HTML are linked as HTML"
+    text = re.sub(r"(\]\([^)\s]*)student/(lesson\d)", r"\1\2", text)
+    return re.sub(r"\[([^\]]*)\]\(([\w./-]+)\.md#([\w-]+)\)", r'<a class="reference internal" href="\2.html#\3">\1</a>', text)
 
 
 def names(source: str) -> str:
@@ -206,7 +216,7 @@ def landing(entries: dict[str, list[str]]) -> str:
     text = re.sub(r"\]\(nbs/paper\)", "](nbs/paper/claims.ipynb)", re.sub(r"\]\(nbs/course/?\)", "](nbs/course/)", text))
     text = re.sub(r"\[!\[([^\]]*)\]\(https?:[^)]*\)\]\(", r"[\1](", text)  # a badge is a picture from elsewhere: its words are enough
     trees = [f"```{{toctree}}\n:hidden:\n:caption: {p}\n\n" + "\n".join(entries[p]) + "\n```" for p in PARTS if entries.get(p)]
-    return text + "\n" + "\n\n".join(trees) + "\n"
+    return relinked(text) + "\n" + "\n\n".join(trees) + "\n"
 
 
 def prepare(src: Path) -> None:
@@ -227,7 +237,7 @@ def prepare(src: Path) -> None:
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
         write(src / f"api/{module}.md", api_page(path))
     write(src / "api/index.md", "# API\n\n> Every public name, from the comments that stand beside its parameters.\n\n```{toctree}\n:maxdepth: 2\n:glob:\n\nadcam.*\n```\n")
-    for name in ("DEPARTURES.md", "LICENSE", "CITATION.cff", "constraints.txt"): write(src / name, (ROOT / name).read_text())
+    for name in ("DEPARTURES.md", "LICENSE", "CITATION.cff", "constraints.txt"): write(src / name, relinked((ROOT / name).read_text()))
     for path in committed(ROOT / "results"):
         if path.suffix in (".png", ".md", ".json", ".csv"):
             head = f"---\norphan: true\nnosearch: true\n---\n# {path.stem} ({path.parent.name})\n\n" if path.suffix == ".md" else ""

@@ -12,6 +12,7 @@ exclude_patterns = ["files/**"]                        # notebooks as they are i
 suppress_warnings = ["ref.python"]                     # an annotation may name a class that two modules have
 nb_execution_mode = "off"                              # outputs are those that were committed
 nb_merge_streams = True
+nb_ipywidgets_js = {}                                   # widgets would load scripts from elsewhere
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "fieldlist", "html_image"]
 myst_heading_anchors = 4
 myst_heading_slug_func = "build.jupyter_anchor"        # links are written as JupyterLab wants them
