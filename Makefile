@@ -31,10 +31,10 @@ WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count() or 1, 8))')
 QUIET     := 2> >(grep -v 'over TCP without encryption' >&2)
 PAPERMILL := $(BIN)papermill -k python3 --no-progress-bar --start-timeout 180 --execution-timeout 3600
 
-.PHONY: help install figure4 table3 fig1 fig5 fig6 theorem41 table1 table2 coco photos voc voc-public claims results outcome redraw checkpoints bench bench-gpu test export check readme clean
+.PHONY: help install figure4 table3 fig1 fig2_3 fig5 fig6 theorem41 table1 table2 coco photos voc voc-public claims results outcome redraw checkpoints bench bench-gpu test export check readme docs clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z][a-z0-9-]*:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z][a-z0-9_-]*:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 ifneq ($(READY),)
 $(READY): pyproject.toml $(CONSTRAINTS)
@@ -52,7 +52,7 @@ install: $(READY) ## create .venv and install adcam with its tools (minutes the 
 # $(call paper,NAME): run one notebook at full size; its kernel, its parameters and its output are named on the line.
 define paper
 	@mkdir -p $(OUT)
-	$(PAPERMILL) nbs/paper/$(1).ipynb $(OUT)/$(1).ipynb -f configs/$(1).yaml -p out_dir $(OUT) $(QUIET)
+	$(PAPERMILL) nbs/paper/$(1).ipynb $(OUT)/$(1).ipynb -f configs/$(1).yaml -p out_dir $(OUT) $(WITH) $(QUIET)
 	@$(PY) tools/show.py $(OUT) $(1)
 endef
 
@@ -73,6 +73,10 @@ theorem41: install ## Theorem 4.1 checked on random neighborhoods
 
 fig1: install ## Figure 1: heat maps of a CNN, a ViT, TS-CAM and AD-CAM with their FP and FN
 	$(call paper,fig1)
+
+# Figure 3 on photographs: make fig2_3 OUT=results/voc WITH="-p data FOLDER -p vit_weights FILE"
+fig2_3: install ## Figures 2 and 3: the pipeline with its shapes, the refinement of an attention matrix
+	$(call paper,fig2_3)
 
 table1: install ## Table 1: ten methods from seeds to segmentation networks (an hour to an hour and a half on two cores)
 	$(call paper,table1)
@@ -116,7 +120,7 @@ claims: OUT = results/claims
 claims: install ## every claim of the paper with its verdict, read from results/
 	$(call paper,claims)
 
-results: figure4 table3 fig1 fig5 fig6 theorem41 table1 table2 outcome ## every table and figure on Scenes, shown in the notebooks that make them
+results: figure4 table3 fig1 fig2_3 fig5 fig6 theorem41 table1 table2 outcome ## every table and figure on Scenes, shown in the notebooks that make them
 
 outcome: install ## put what results/ holds into the figure notebooks
 	$(PY) tools/outcome.py
@@ -149,6 +153,11 @@ readme: install ## run nbs/index.ipynb on what was measured, write README.md fro
 	$(PY) -m nbconvert --log-level ERROR --to notebook --execute --inplace nbs/index.ipynb $(QUIET)
 	$(BIN)nbdev_clean --fname nbs/index.ipynb
 	$(PY) tools/readme.py
+
+# Sphinx is not part of `make install`; it reads the notebooks as they are committed and runs none
+docs: install ## the whole book as a site that needs no server: _docs/index.html (a minute)
+	$(PIP) $(shell $(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
+	$(PY) docs/build.py _docs
 
 clean: ## remove caches and executed notebooks, keep what was measured
 	rm -rf .cache _proc _docs build dist .pytest_cache .hypothesis results/try
