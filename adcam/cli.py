@@ -311,12 +311,13 @@ def _tell_seeds_cost(model, ds, out: Path, method: str, views: dict, options: di
     from adcam.data import chosen, label_of
     from adcam.pipeline import profiles
     from adcam.run import estimate
+    from adcam.scenes import Scenes
     from adcam.seeds import launched
     todo = [i for i in range(len(ds)) if (force or not (out / f"{ds.ids[i]}.npz").exists())]
     if launched()[1] > 1 or not todo:
         return
     try:
-        part = chosen(ds, classes=True).ds
+        part = ds if isinstance(ds, Scenes) else chosen(ds, classes=True).ds
         found = estimate(replace(profiles["voc"], **views), model, part, method, options, processes=processes, precision=precision, lower="--scales, --processes, or the size of the photographs; or leave out the mirrored views (--no-flip)")
     except (ValueError, OSError) as error:
         if only or isinstance(error, MemoryError):
@@ -1008,6 +1009,7 @@ def own_masks(
     seed: Annotated[int, typer.Option(help="Seed of the trainings.")] = 0,
     processes: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 1,
     device: Device = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Replace masks made with other settings, such as another --threshold; corrected ones too.")] = False,
     only_estimate: OnlyEstimate = False, anyway: Anyway = False,
 ) -> None:
     "Masks for a folder of photographs, with public networks. A run that was stopped continues."
@@ -1015,7 +1017,7 @@ def own_masks(
     out = out or Path("scenes-masks" if folder == "mini" else f"{folder.rstrip('/')}-masks")
     done = make_masks(folder, out, labels=labels, classes=classes, network=network, cnn_weights=cnn_weights, vit_weights=vit_weights, random_weights=random_weights, size=size,
                       threshold=threshold, crf=crf, refine=refine, change=change or [], split=split, budget=_budget(only_estimate, anyway), limit=limit,
-                      progress=sys.stderr.isatty(), device=device, method=method, seed=seed, processes=processes)
+                      progress=sys.stderr.isatty(), device=device, method=method, seed=seed, processes=processes, force=force)
     typer.echo(f"labels: {done.opened.table}" + (f"; not in --classes: {', '.join(done.opened.ds.left_out)}" if done.opened.ds.left_out else ""))
     if done.opened.nothing:
         typer.echo(f"nothing was found in {len(done.opened.nothing)} photographs, first {done.opened.nothing[0]}: write their classes into {out / 'labels.csv'} and run again", err=True)
