@@ -172,6 +172,65 @@ def test_quick_checkpoints_need_folders_of_their_own(run):
     assert code == 2 and "--out" in err
 
 
+# ---------------------------------------------------------------- photographs of one's own
+
+NETWORKS = ["--cnn", "test_resnet", "--vit", "test_vit", "--random-weights", "--size", 96]
+
+
+@pytest.fixture
+def album(tmp_path):
+    "Two photographs, one broken file and a text."
+    rng = np.random.default_rng(0)
+    for name in ("a.png", "b.jpg"):
+        Image.fromarray(rng.integers(0, 256, (64, 80, 3), dtype=np.uint8)).save(tmp_path / name)
+    (tmp_path / "c.jpg").write_bytes(b"torn")
+    (tmp_path / "notes.txt").write_text("no picture")
+    return tmp_path
+
+
+def test_explain_takes_a_folder_and_names_what_is_broken(run, album, tmp_path, monkeypatch):
+    from adcam import photo
+    built = photo._build.cache_info().misses
+    code, out, err = run("explain", album, *NETWORKS, "--classes", "cat,lynx", "--out", tmp_path / "o", "--save-masks", tmp_path / "m", "--save-maps", tmp_path / "s", "--threshold", "auto")
+    assert code == 1 and "1 of 3 images were skipped" in err and "c.jpg is no picture" in err
+    assert sorted(p.name for p in (tmp_path / "o").iterdir()) == ["a.png", "b.png"] and "wrote 2 pictures" in out and "Otsu" in out
+    assert photo._build.cache_info().misses - built <= 1, "the networks are built once"
+    assert (tmp_path / "m/classes.txt").read_text() == "cat\nlynx\n" and Image.open(tmp_path / "m/b.png").mode == "P"
+    from adcam.seeds import load_seed
+    seed = load_seed(tmp_path / "s/a.npz")
+    assert seed.keys.tolist() == [0, 1] and seed.high_res.shape == (2, 64, 80) and seed.cam.shape == (2, 16, 20)
+
+
+def test_explain_one_photograph(run, album, tmp_path):
+    code, out, _ = run("explain", album / "a.png", *NETWORKS, "--top", 3, "--out", tmp_path / "o.png")
+    assert code == 0 and out.count("\nclass ") == 3 and (tmp_path / "o.png").is_file()
+    assert run("explain", album / "c.jpg", *NETWORKS)[0] == 2
+    code, _, err = run("explain", album / "a.png", album / "b.jpg", *NETWORKS, "--out", tmp_path / "o.png")
+    assert code == 2 and "name a folder" in err
+    (tmp_path / "none").mkdir()
+    code, _, err = run("explain", tmp_path / "none", *NETWORKS)
+    assert code == 2 and "no picture in" in err
+
+
+def test_explain_knows_the_classes_of_a_trained_pair(run, photos, album, tmp_path):
+    pair = ["--network", "test_resnet+test_vit"]
+    assert run("train-heads", "--data", photos, *pair, "--out", tmp_path / "heads")[0] == 0
+    words = ["explain", album / "a.png", "--weights", tmp_path / "heads/weights.safetensors", "--size", 96, "--out", tmp_path / "o.png"]
+    code, out, _ = run(*words, "--classes", "bird,dog")
+    assert code == 0 and "class 2 bird" in out and "class 11 dog" in out
+    code, _, err = run(*words, "--classes", "tabby")
+    assert code == 2 and "among the 20 of this network" in err
+
+
+def test_explain_of_weights_that_do_not_say_what_they_are(run, album, weights, tmp_path):
+    words = ["explain", album / "a.png", "--weights", weights, "--size", 96, "--out", tmp_path / "o.png"]
+    code, _, err = run(*words)
+    assert code == 2 and "--network and --class-names" in err
+    names = ",".join(f"thing {i}" for i in range(20))
+    code, out, _ = run(*words, "--network", "mini", "--class-names", names, "--classes", "thing 3")
+    assert code == 0 and "class 3 thing 3" in out
+
+
 # ---------------------------------------------------------------- papermill
 
 @pytest.fixture
