@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['app', 'Data', 'Split', 'Images', 'Device', 'Precision', 'data_app', 'AnySize', 'Processes', 'Where', 'Network',
            'Weights', 'CnnWeights', 'VitWeights', 'TrainingSeed', 'Coupled', 'OnlyEstimate', 'Anyway', 'irnet_app',
-           'Recipe', 'AllCores', 'SmallBackbone', 'Pair', 'segment_app', 'SegNet', 'SegProfile', 'Backbone', 'main',
-           'version', 'scenes', 'Kind', 'check', 'get', 'convert', 'weights', 'profile', 'seeds', 'seeds_check',
-           'seeds_merge', 'evaluate', 'train', 'train_heads', 'train_cam_command', 'train_recam_command',
-           'irnet_labels', 'irnet_train', 'irnet_masks', 'crf', 'segment_train', 'segment_predict', 'whole_run',
-           'own_masks', 'explain', 'checkpoints', 'paper', 'bench']
+           'Recipe', 'AllCores', 'SmallBackbone', 'Pair', 'segment_app', 'SegNet', 'SegProfile', 'Backbone', 'Pictures',
+           'Overlay', 'ClassesWanted', 'BothNames', 'Trained', 'ClassNames', 'Layers', 'Threshold', 'MaskFolder',
+           'MapFolder', 'main', 'version', 'scenes', 'Kind', 'check', 'get', 'convert', 'weights', 'profile', 'seeds',
+           'seeds_check', 'seeds_merge', 'evaluate', 'show', 'train', 'train_heads', 'train_cam_command',
+           'train_recam_command', 'irnet_labels', 'irnet_train', 'irnet_masks', 'crf', 'segment_train',
+           'segment_predict', 'whole_run', 'own_masks', 'explain', 'checkpoints', 'paper', 'bench']
 
 # %% ../nbs/14_cli.ipynb #e9194bbd
 import contextlib
@@ -407,7 +408,7 @@ def _rows(folder: Path, ds, fixed: float) -> tuple:
     from adcam.data import mask_of
     from adcam.evaluation import Sweep, side_by_side
     from adcam.seeds import load_seed
-    from tqdm import tqdm
+    from adcam.progress import tqdm
     counts, odd = Sweep(len(ds.classes), sorted({i / 100 for i in range(60)} | {fixed})), []
     for i in tqdm(range(len(ds)), desc="evaluate", unit="image"):
         path = folder / f"{ds.ids[i]}.npz"
@@ -449,6 +450,43 @@ def evaluate(
         settings = json.loads((folder / "settings.json").read_text())
         kept = [{v: r[v] for v in ("rule", "t", "miou", "fp", "fn", "f1", "pixel_accuracy")} | dict(split=split, n=used) for r in rows]
         typer.echo(f"wrote {save_result('seeds', kept, out, provenance(settings=settings, data={split: ds.fingerprint()}))}")
+    _tell(picked)
+
+# %% ../nbs/14_cli.ipynb #7a216cd7
+def _shown(folder: Path, data: str, split: str, n: Optional[int]) -> tuple:
+    "What a folder holds (`kind_of`) and the images it belongs to; the folder may be a data set itself."
+    from adcam.data import KINDS
+    from adcam.show import kind_of
+    name = str(folder)
+    suffix = "" if name == "mini" or name.partition(":")[0] in KINDS else kind_of(folder)
+    return suffix, _images(data if suffix else name, split, n, masks=not suffix, **dict(files=folder, suffix=suffix) if suffix else {})
+
+# %% ../nbs/14_cli.ipynb #2b237cd5
+@app.command()
+def show(
+    folder: Annotated[Path, typer.Argument(help="Folder of seeds (ID.npz) or masks (ID.png), or a data set as --data names it: then its own masks are shown.")],
+    out: Annotated[Path, typer.Option(help="sheet.png, or page.html: one file with a slider for the threshold and a list of classes.")],
+    data: Data = "mini", split: Split = "train",
+    limit: Annotated[Optional[int], typer.Option("--limit", "--n", min=1, help="Only the first N images.")] = None,
+    threshold: Annotated[Optional[float], typer.Option(min=0.0, max=1.0, help="Of seeds; the best one where there is truth, else 0.3, if not given.")] = None,
+    cls: Annotated[Optional[str], typer.Option("--class", help="Only this class.")] = None,
+    size: Annotated[Optional[int], typer.Option(min=48, max=2000, help="Largest side of a picture in pixels; 480 on a page, 240 on a sheet, if not given.")] = None,
+    columns: Annotated[Optional[int], typer.Option(min=1, help="Of a sheet: photographs side by side.")] = None,
+    per_page: Annotated[int, typer.Option("--per-page", min=1, help="Of a sheet: photographs on one; more go to sheet-2.png and so on.")] = 60,
+) -> None:
+    "Show seeds or masks beside their photographs, with the errors where truth is there."
+    from adcam.show import class_number, gallery, numbers_line, write_show
+    suffix, picked = _shown(folder, data, split, limit)
+    number = None if cls is None else class_number(picked.ds.classes, cls)
+    page = out.suffix.lower() != ".png"
+    g = gallery(picked.ds, folder, suffix, size or (480 if page else 240), progress=sys.stderr.isatty())
+    picked = picked.also(g.skipped)
+    best = g.best()
+    t = threshold if threshold is not None else 0.3 if best is None else best
+    note = f"The threshold {best:.2f} is the best of these photographs: it was chosen with the truth." if best is not None and t == best else ""
+    files = write_show(out, g._replace(skipped=picked.skipped), t, number, columns, per_page, size or 240, f"{folder.name}, {split}", note)
+    typer.echo(f"{numbers_line(g, t, number)}{'; ' + note[0].lower() + note[1:-1] if note else ''}")
+    typer.echo(f"wrote {', '.join(map(str, files))} ({sum(f.stat().st_size for f in files) / 1e6:.1f} MB)")
     _tell(picked)
 
 # %% ../nbs/14_cli.ipynb #11d8bc29
@@ -508,7 +546,7 @@ def train(
     config = train_config(usual, **given, seed=seed, mixed_precision=precision, workers=workers, freeze_bn=freeze_bn, sync_bn=sync_bn and several > 1 and not freeze_bn)
     train_network(model, ds, config, train_vit, out=out, accumulate=accumulate, device=device)
     if rank == 0:
-        typer.echo(f"wrote {save_trained(model, out / 'weights.safetensors', network)}")
+        typer.echo(f"wrote {save_trained(model, out / 'weights.safetensors', network, classes=list(ds.classes))}")
         _tell_learned(model, judged, on)
     _tell_skipped(skipped, total)
 
@@ -538,7 +576,7 @@ def train_heads(
     features = cached_features(model, ds, size, batch=config.batch, cache=out)
     found = judge(held_out_logits(model, features, config), features.labels.numpy()) if len(ds) > 1 else None
     history = fit(model, features, config)
-    typer.echo(f"{len(history)} steps, loss {history[0]['loss']:.3f} -> {history[-1]['loss']:.3f}; wrote {save_trained(model, out / 'weights.safetensors', network)}")
+    typer.echo(f"{len(history)} steps, loss {history[0]['loss']:.3f} -> {history[-1]['loss']:.3f}; wrote {save_trained(model, out / 'weights.safetensors', network, classes=list(ds.classes))}")
     if found is not None:
         typer.echo(f"{found}")
         if text := warning(found):
@@ -838,14 +876,14 @@ def _none_or(name: str, text: str):
 def _seg_config(profile, change: list, **given):
     "The recipe of the profile's network, changed by `--set name=value` and by what was given."
     from dataclasses import fields
-    from adcam.run import _as_type, segmentation_config
+    from adcam.run import as_type, segmentation_config
     usual, changes = segmentation_config(profile), {}
     for item in change:
         name, _, value = item.partition("=")
         if name not in {f.name for f in fields(usual)} or not value:
             raise ValueError(f"--set {item}: give name=value with one of {', '.join(f.name for f in fields(usual))}")
         old = getattr(usual, name)
-        changes[name] = _none_or(name, value) if old is None else _as_type(name, value, old)
+        changes[name] = _none_or(name, value) if old is None else as_type(name, value, old)
     return segmentation_config(profile, **changes | {n: v for n, v in given.items() if v is not None})
 
 # %% ../nbs/14_cli.ipynb #3b2187b7
@@ -1026,125 +1064,160 @@ def own_masks(
     typer.echo(f"wrote {done.count} masks: {done.folder}  (0 background, " + ", ".join(f"{k} {c}" for k, c in enumerate(done.classes, 1)) + ")")
     _tell_skipped(done.run.skipped, done.run.total)
 
+# %% ../nbs/14_cli.ipynb #bbfb1224
+_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
+
+def _pictures(given: list) -> list:
+    "(file, its name in results) for every picture among the words of a command line; folders are opened."
+    files, names = [], []
+    for word in given:
+        folder = Path(word)
+        inside = sorted(p for p in folder.iterdir() if p.suffix.lower() in _PICTURES and not p.name.startswith(".")) if folder.is_dir() else [word]
+        if not inside:
+            raise ValueError(f"no picture in {folder}: expected files that end in {', '.join(_PICTURES)}")
+        files += inside
+    for file in files:
+        stem = Path(file).stem
+        names.append(next(n for n in (stem, *(f"{stem}-{i}" for i in range(2, len(files) + 2))) if n not in names))
+    return list(zip(files, names))
+
+# %% ../nbs/14_cli.ipynb #6d66f538
+def _class_names(text: Optional[str]) -> Optional[list]:
+    "Names between commas, or the lines of a file."
+    if text is None:
+        return None
+    lines = Path(text).read_text(encoding="utf-8").splitlines() if Path(text).is_file() else text.split(",")
+    return [s.strip() for s in lines if s.strip()]
+
+def _both(network: Optional[str], cnn: str, vit: str) -> tuple:
+    "The names of a pair: of --network if it is given."
+    from adcam.networks import network_name
+    if network is None:
+        return cnn, vit
+    what = network_name(network)
+    if what.kind != "pair":
+        raise ValueError(f"--network {network}: a picture needs a pair CNN+VIT; or name --cnn and --vit, or a trained network by --weights")
+    return what.cnn, what.vit
+
+def _own_network(weights: Path, cnn: Optional[Path], vit: Optional[Path], network: Optional[str], names: Optional[list]) -> tuple:
+    "A trained network and the names of its classes, as far as they are known."
+    from adcam.networks import build_network, network_settings, open_network
+    told = network_settings(weights)
+    if told:
+        return open_network(weights, cnn, vit), names or told.get("classes")
+    if network is None or names is None:
+        raise ValueError(f"{weights} does not say which network it is: give --network and --class-names")
+    return build_network(network, len(names), weights=weights).eval(), names
+
+# %% ../nbs/14_cli.ipynb #e42fa914
+Pictures = Annotated[list[str], typer.Argument(help="Pictures (JPEG, PNG, WebP, TIFF, BMP), or folders of them.")]
+Overlay = Annotated[Optional[Path], typer.Option(help="Picture to write: .png, .jpg, .pdf or .svg; of several photographs the folder for them. overlay.png or overlays if not given.")]
+ClassesWanted = Annotated[Optional[str], typer.Option(help="Names, synsets or numbers, separated by commas: tabby, or cat for all cats; or groups of your own: 'bus=minibus,school bus;cat=tabby'. What the CNN predicts if not given.")]
+BothNames = Annotated[Optional[str], typer.Option("--network", help="Both in one word, CNN+VIT, as in the other commands.")]
+Trained = Annotated[Optional[Path], typer.Option(help="A network trained by `adcam train` or `train-heads` instead, with its own classes.")]
+ClassNames = Annotated[Optional[str], typer.Option(help="Names of its classes, between commas or in a file, if --weights does not know them.")]
+Layers = Annotated[str, typer.Option(help="Blocks of the ViT: half (the last half), all, or a number n for the last n.")]
+Threshold = Annotated[str, typer.Option(help="Heat above which a pixel belongs to a class, 0 to 1; auto: by Otsu's rule from the map itself, without any label.")]
+MaskFolder = Annotated[Optional[Path], typer.Option(help="Folder for masks of the last method: palette PNG, and classes.txt with the name of each number.")]
+MapFolder = Annotated[Optional[Path], typer.Option(help="Folder for heat maps of the last method, .npz as `adcam seeds` writes them.")]
+
 # %% ../nbs/14_cli.ipynb #04e1db02
 @app.command()
 def explain(
-    photo: Annotated[str, typer.Argument(help="Picture: JPEG, PNG, WebP, TIFF or BMP.")],
-    out: Annotated[Path, typer.Option(help="Picture to write: .png, .jpg, .pdf or .svg.")] = Path("overlay.png"),
-    classes: Annotated[Optional[str], typer.Option(help="ImageNet names, synsets or numbers, separated by commas; what the CNN predicts if not given.")] = None,
+    photos: Pictures, out: Overlay = None, classes: ClassesWanted = None,
+    top: Annotated[int, typer.Option(min=1, help="How many classes, if none are named.")] = 2,
     cnn: Annotated[str, typer.Option(help="timm name of the network for the class maps.")] = "resnet50",
     vit: Annotated[str, typer.Option(help="timm name of the network for the attention.")] = "deit_small_patch16_224",
-    network: Annotated[Optional[str], typer.Option(help="Both in one word, CNN+VIT, as in the other commands.")] = None,
+    network: BothNames = None,
     cnn_weights: Annotated[Optional[Path], typer.Option(help="File with weights of the CNN instead of a download.")] = None,
     vit_weights: Annotated[Optional[Path], typer.Option(help="File with weights of the ViT instead of a download.")] = None,
+    weights: Trained = None, class_names: ClassNames = None,
     random_weights: Annotated[bool, typer.Option("--random-weights", help="No weights at all, to try the command.")] = False,
     methods: Annotated[str, typer.Option(help="cam, ts_cam, trans_cam, att_diffu, ad_cam, separated by commas.")] = "cam,ts_cam,ad_cam",
     k: Annotated[Optional[int], typer.Option("-k", "--k", help="Neighbors kept per patch; 50 on 576 patches if not given, in proportion on other grids.")] = None,
     steps: Annotated[int, typer.Option(help="Diffusion steps T.")] = 2,
     direction: Annotated[str, typer.Option(help="pull, or push as printed.")] = "pull",
-    layers: Annotated[str, typer.Option(help="Blocks of the ViT: half (the last half), all, or a number n for the last n.")] = "half",
-    threshold: Annotated[float, typer.Option(help="Heat above which a pixel belongs to a class, 0 to 1.")] = 0.4,
+    layers: Layers = "half", threshold: Threshold = "0.4", save_masks: MaskFolder = None, save_maps: MapFolder = None,
     size: Annotated[int, typer.Option(help="The input has the area of a square of so many pixels.")] = 384,
     max_megapixels: Annotated[float, typer.Option(help="Larger pictures are refused.")] = 50,
     device: Device = "auto",
 ) -> None:
-    "Heat maps and masks of CAM, TS-CAM and AD-CAM for a picture of your own."
-    from adcam.devices import pick_device
-    from adcam.photo import explain as run
-    if network is not None:
-        from adcam.networks import network_name
-        what = network_name(network)
-        if what.kind != "pair":
-            raise ValueError(f"--network {network}: a picture needs a pair CNN+VIT; or name --cnn and --vit")
-        cnn, vit = what.cnn, what.vit
-    found = run(photo, classes, cnn, vit, methods=[m.strip() for m in methods.split(",")], k=k, steps=steps, direction=direction,
-                layers=int(layers) if layers.isdecimal() else layers, threshold=threshold, size=size, pretrained=not random_weights,
-                cnn_weights=cnn_weights, vit_weights=vit_weights, max_pixels=int(max_megapixels * 1e6), device=None if device == 'auto' else pick_device(device))
-    found.save(out)
+    "Heat maps and masks of CAM, TS-CAM and AD-CAM for pictures of your own."
+    ask = dict(classes=classes, top=top, methods=[m.strip() for m in methods.split(",")], k=k, steps=steps, direction=direction,
+               layers=int(layers) if layers.isdecimal() else layers, threshold=_value(threshold), size=size)
+    if weights is not None:
+        ask["model"], ask["class_names"] = _own_network(weights, cnn_weights, vit_weights, network, _class_names(class_names))
+    elif class_names:
+        raise ValueError("--class-names are those of a trained network: name it by --weights")
+    else:
+        cnn, vit = _both(network, cnn, vit)
+        ask |= dict(cnn=cnn, vit=vit, pretrained=not random_weights, cnn_weights=cnn_weights, vit_weights=vit_weights)
+    _explain_all(_pictures(photos), any(Path(p).is_dir() for p in photos), out, ask, save_masks, save_maps, int(max_megapixels * 1e6), device)
+
+# %% ../nbs/14_cli.ipynb #8c172761
+def _save_maps(found, path: Path, method: str, numbers: list) -> None:
+    "Heat maps in the form of seeds; class number n is line n of classes.txt, from 1, in seeds from 0."
+    import numpy as np
+    from adcam.seeds import Seed, save_seed
+    h, w = found.image.shape[:2]
+    save_seed(path, Seed(np.array(numbers) - 1, found.heat_map(method, (-(-h // 4), -(-w // 4))), found.heat_map(method)))
+
+def _in_full(found) -> None:
+    "Everything about one photograph."
     for note in found.notes:
         typer.echo(f"note: {note}")
     for index, name, logit in zip(found.indices, found.classes, found.logits):
-        typer.echo(f"class {index} {name}: logit {logit:.2f}")
+        typer.echo(f"class {name}: logit {logit:.2f}" if isinstance(index, tuple) else f"class {index} {name}: logit {logit:.2f}")
+
+def _ending(found, methods: list) -> None:
+    "What holds for all photographs: weights and settings."
     for branch, w in found.weights.items():
         typer.echo(f"{branch} weights: {w['source']}" + (f" sha256 {w['sha256']}" if w["sha256"] else ""))
-    typer.echo("settings: " + ", ".join(f"{name} {value}" for name, value in found.settings.items()))
-    typer.echo(f"wrote {out}")
+    rule = "Otsu's, from each map alone: " + ", ".join(f"{m} {found.cut(m):.2f}" for m in methods) if found.threshold == "auto" else f"{found.threshold:g}"
+    typer.echo("settings: " + ", ".join(f"{name} {value}" for name, value in found.settings.items()) + f", threshold {rule}")
 
-# %% ../nbs/14_cli.ipynb #4699f864
-def _recipe(quick: bool = False, workers: int = 1) -> dict:
-    "Settings of both steps; `quick` makes them tiny, to test the way and not the result."
-    from adcam.classifier import PretrainConfig
-    from adcam.pipeline import cache_dir, profiles
-    from adcam.run import train_config
-    from adcam.scenes import Scenes
-    mini = profiles["mini"]
-    tiny = dict(epochs=1, batch=2, crop=64, resize=None, workers=0) if quick else {}
-    step1 = dict(crop=mini.crop, resize=mini.resize, workers=workers, epochs=7, batch=32, lr_vit=2e-3, lr_cnn=2e-3, drop_path=0., clip_norm=5.,
-                 mask_ratio=.5, mask_weight=20., mask_square=2, mask_grid=4)
-    def data(split, n): return Scenes(split, 4, 64) if quick else Scenes(split, n, cache=cache_dir() / "scenes", workers=max(2, workers))
-    return dict(pretrain=PretrainConfig(**step1 | tiny), train=train_config(mini, **dict(workers=workers) | tiny),
-                pretrain_data=data("pretrain", 12_000), train_data=data("train", 4_000))
-
-# %% ../nbs/14_cli.ipynb #bf1fa664
-def _epochs(history: list) -> list:
-    "Mean of each loss, one entry per epoch."
-    from statistics import fmean
-    names = [n for n in ("conv", "trans") if n in history[0]] or ["loss"]
-    of = lambda e, name: round(fmean(h[name] for h in history if h["epoch"] == e), 4)
-    return [dict(epoch=e + 1, **{n: of(e, n) for n in names}) for e in sorted({h["epoch"] for h in history})]
-
-def _pretrained(recipe: dict, work: Path, seed: int = 0, device: str = "auto") -> tuple:
-    "Step 1: the coupled network on single objects; its file of weights and its losses."
-    from dataclasses import replace
-    import torch
-    from adcam.classifier import pretrain, save_weights
-    from adcam.conformer import conformer_mini
-    torch.manual_seed(seed)
-    ds, folder = recipe["pretrain_data"], work / f"pretrain{seed or ''}"
-    model = conformer_mini(len(ds.classes), stop_grad="none")
-    history = pretrain(model, ds, replace(recipe["pretrain"], seed=seed), out=folder, device=device)
-    return save_weights(model, folder.with_suffix(".safetensors")), _epochs(history)
-
-# %% ../nbs/14_cli.ipynb #9da7ebab
-def _finetuned(recipe: dict, work: Path, start: Path, seed: int, stop: bool, target: Path, device: str = "auto") -> tuple:
-    "Step 2 for one seed: writes `target` in half precision; a row for the log, and the losses."
-    import time
-    from dataclasses import replace
-    import torch
-    from adcam.classifier import save_weights, train as fit
-    from adcam.conformer import conformer_mini, load_pretrained
-    torch.manual_seed(seed)
-    began, ds = time.perf_counter(), recipe["train_data"]
-    model = conformer_mini(len(ds.classes), stop_grad="input" if stop else "none")
-    load_pretrained(model, start)
-    history = fit(model, ds, replace(recipe["train"], seed=seed), out=work / target.stem, device=device)
-    save_weights(model, target, torch.float16)
-    row = dict(file=target.name, seed=seed, stop_grad=model.stop_grad, steps=len(history), seconds=round(time.perf_counter() - began, 1))
-    return row, _epochs(history)
-
-# %% ../nbs/14_cli.ipynb #09e8f00c
-def _cnn_checkpoints(recipe: dict, work: Path, out: Path, seeds: list, quick: bool) -> tuple:
-    "resnet_mini: pre-trained, and one file per seed; rows for the log, and the losses."
-    import time
-    from dataclasses import replace
-    import torch
-    from adcam.classifier import save_weights
-    from adcam.cnn import MINI_PRETRAIN, MINI_TRAIN, pretrain_mini, train_mini
-    tiny = dict(epochs=1, batch=2, crop=64, resize=None, workers=0) if quick else dict(workers=1)
-    began = time.perf_counter()
-    net, history = pretrain_mini(recipe["pretrain_data"], replace(MINI_PRETRAIN, **tiny), out=work / "resnet_pretrain")
-    start, rows = save_weights(net, work / "resnet_pretrained.safetensors"), []   # full precision to go on with, half to ship
-    curves = dict(resnet_mini_pretrained=_epochs(history))
-    for seed in (None, *seeds):
-        target = out / f"resnet_mini_{'pretrained' if seed is None else f'seed{seed}'}.safetensors"
-        if seed is not None:
-            began = time.perf_counter()
-            net, history = train_mini(recipe["train_data"], start, seed, replace(MINI_TRAIN, **tiny), out=work / target.stem)
-            curves[target.stem] = _epochs(history)
-        save_weights(net, target, torch.float16)
-        rows.append(dict(file=target.name, seed=seed, stop_grad=None, steps=len(history), seconds=round(time.perf_counter() - began, 1)))
-        typer.echo(f"wrote {target}")
-    return rows, curves
+# %% ../nbs/14_cli.ipynb #53a9105a
+def _explain_all(pictures: list, folders: bool, out: Optional[Path], ask: dict, masks: Optional[Path], maps: Optional[Path], max_pixels: int, device: str) -> None:
+    "Explain one picture after the other; those that cannot be read are told at the end."
+    from adcam.data import Skipped
+    from adcam.devices import pick_device
+    from adcam.files import why_left_out
+    from adcam.photo import explain as run, number_classes, read_photo, save_masks
+    from adcam.progress import tqdm
+    several = folders or len(pictures) > 1
+    out = out or Path("overlays" if several else "overlay.png")
+    if several and out.suffix.lower() in (".png", ".jpg", ".jpeg", ".pdf", ".svg"):
+        raise ValueError(f"--out {out} is one picture, and there are several photographs: name a folder")
+    place = None if device == "auto" else pick_device(device)
+    if "model" in ask:
+        ask["model"].to(pick_device(device))
+    left_out, found, method = [], None, ask["methods"][-1]
+    for file, name in tqdm(pictures, desc="explain", unit="image", disable=not several):
+        try:
+            photo = read_photo(file, max_pixels)
+        except (ValueError, OSError) as error:
+            if not several:
+                raise
+            left_out.append(Skipped(name, why_left_out(error)))
+            continue
+        found = run(photo, **ask, device=place)
+        target = found.save(out / f"{name}.png" if several or out.is_dir() else out)
+        if masks:
+            save_masks(found, masks, name, method)
+        if maps:
+            _save_maps(found, maps / f"{name}.npz", method, number_classes(found.short, maps / "classes.txt"))
+        if several:
+            tqdm.write(f"{target}: " + ", ".join(f"{n} {logit:.2f}" for n, logit in zip(found.short, found.logits)))
+        else:
+            _in_full(found)
+    if found is None:
+        raise ValueError(f"none of the {len(pictures)} photographs can be read. The first: {left_out[0].reason}")
+    _ending(found, ask["methods"])
+    typer.echo(f"wrote {len(pictures) - len(left_out)} pictures to {out}" if several else f"wrote {target}")
+    for what, where in (("masks", masks), ("maps", maps)):
+        if where:
+            typer.echo(f"wrote {what} of {method} to {where}; classes.txt names their numbers")
+    _tell_skipped(left_out, len(pictures))
 
 # %% ../nbs/14_cli.ipynb #1d71d5d9
 @app.command()
@@ -1166,40 +1239,11 @@ def checkpoints(
         raise ValueError("--quick makes useless networks; name --out, --work and --log, so that nothing good is overwritten")
     out, work = out or Path(adcam.__file__).parent / "checkpoints", work or cache_dir() / "checkpoints"
     ints = lambda text, name: [int(s) for s in _numbers(text, name)] if text else []
-    chosen, others, recipe = ints(seed_list, "--seeds"), ints(pretrain_seeds, "--pretrain-seeds"), _recipe(quick, workers)
+    chosen, others = ints(seed_list, "--seeds"), ints(pretrain_seeds, "--pretrain-seeds")
     if only not in (None, "conformer_mini", "resnet_mini"):
         raise ValueError(f"--only is {only!r}; it is conformer_mini or resnet_mini")
-    rows, curves = [], {}
-    if only != "resnet_mini" and chosen:
-        start, curves["pretrained"] = _pretrained(recipe, work, device=device)
-        for seed, stop in ((s, g) for s in chosen for g in (True, False)):
-            target = out / f"mini_{'sg' if stop else 'coupled'}_seed{seed}.safetensors"
-            row, curves[target.stem] = _finetuned(recipe, work, start, seed, stop, target, device)
-            rows.append(row)
-            typer.echo(f"wrote {target}")
-    for other in others:
-        start, curves[f"pretrained{other}"] = _pretrained(recipe, work, other, device)
-        target = out / f"mini_pre{other}.safetensors"
-        row, curves[target.stem] = _finetuned(recipe, work, start, 0, True, target, device)
-        rows.append(row | dict(pretrain_seed=other))
-        typer.echo(f"wrote {target}")
-    if only != "conformer_mini" and chosen:
-        more, losses = _cnn_checkpoints(recipe, work, out, chosen, quick)
-        rows, curves = rows + more, curves | losses
-    typer.echo(f"wrote {_write_log(rows, curves, recipe, chosen or others, out, log, 'checkpoints' if chosen else 'pretrainings', device)}")
-
-# %% ../nbs/14_cli.ipynb #1f49584e
-def _write_log(rows: list, curves: dict, recipe: dict, chosen: list, out: Path, log: Optional[Path], name: str = "checkpoints", device: str = "auto") -> Path:
-    "<name>.json: what was trained, with which settings, on which data, and how the loss fell."
-    from dataclasses import asdict
-    from adcam.devices import numerics, pick_device
-    from adcam.pipeline import provenance, save_result
-    from adcam.cnn import MINI_PRETRAIN, MINI_TRAIN
-    settings = {step: asdict(recipe[step]) for step in ("pretrain", "train")} | dict(resnet_pretrain=asdict(MINI_PRETRAIN), resnet_train=asdict(MINI_TRAIN))
-    settings |= numerics(pick_device(device))
-    data = {split: recipe[split].fingerprint() for split in ("pretrain_data", "train_data")}
-    origin = provenance(seeds=chosen, settings=settings, data=data, checkpoints=[out / r["file"] for r in rows], seconds=sum(r["seconds"] for r in rows))
-    return save_result(name, rows, log, origin, command="adcam checkpoints", losses=curves)
+    from adcam.recipe import make_checkpoints
+    typer.echo(f"wrote {make_checkpoints(out, work, log, chosen, others, only, workers, device, quick, typer.echo)}")
 
 # %% ../nbs/14_cli.ipynb #b6c14806
 def _paper_notebook(name: str) -> Path:

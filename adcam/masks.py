@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
-from .branches import VOC_IMAGENET, TwoBranch, group_maps
+from .branches import TwoBranch, group_maps
 from .classifier import whole_image
 from .cost import picture_size
 from .data import Sample, find_images, folder, has_mask, image_of, label_of, mask_of, open_data, read_image, read_mask
@@ -27,26 +27,23 @@ from .devices import pick_device
 from .files import atomic_write, claimed, read_json
 from .irnet import save_mask
 from .networks import build_network, network_name
-from .photo import find_class, imagenet_names
+from .photo import find_groups, imagenet_names
 from .pipeline import Profile, profiles
 from .run import RunResult, override, run, with_network
 from .training import device_of, untouched
 
 # %% ../nbs/13h_masks.ipynb #8bd067ec
 def class_groups(
-    text: str,           # "bus=minibus,school bus;cat": NAME=IMAGENET,IMAGENET; or a name that VOC or ImageNet has
+    text: str,           # "bus=minibus,school bus;cat=tabby,lynx", or names alone: "bus;cat"
 ) -> dict[str, tuple]:   # {name: numbers of ImageNet classes}
-    "Groups of ImageNet classes from the command line. A name that is not known is a `ValueError` that names the nearest"
+    "Groups of ImageNet classes from the command line, looked up as `adcam.explain` does. A name that is not known is a `ValueError` that names the nearest"
     groups, names = {}, imagenet_names()
     for part in filter(None, (p.strip() for p in text.split(";"))):
-        name, equal, members = (x.strip() for x in part.partition("="))
-        if not name: raise ValueError(f"--classes: {part!r} has no name; write NAME=IMAGENET,IMAGENET;NAME=...")
-        if name in groups: raise ValueError(f"--classes names {name!r} twice; put all its ImageNet classes behind one =")
-        if not equal and VOC_IMAGENET.get(name): groups[name] = VOC_IMAGENET[name]; continue
-        if not equal and name in VOC_IMAGENET: raise ValueError(f"--classes: ImageNet has no class for {name!r}; it has to be trained: give labels.csv and leave --classes out")
-        words = [w.strip() for w in (members if equal else name).split(",") if w.strip()]
-        if not words: raise ValueError(f"--classes: {name!r} has no ImageNet class; write {name}=NAME,NAME")
-        groups[name] = tuple(dict.fromkeys(find_class(w, names) for w in words))
+        name, equal, words = (x.strip() for x in part.partition("="))
+        if not name or equal and not words.strip(" ,"): raise ValueError(f"--classes: {part!r} is no group; write NAME=CLASS,CLASS and `;` between groups")
+        given = {name: words} if equal else {w.strip(): w.strip() for w in name.split(",") if w.strip()}
+        if twice := given.keys() & groups.keys(): raise ValueError(f"--classes names {min(twice)!r} twice; put all its ImageNet classes behind one =")
+        groups |= {g.name: g.members for g in find_groups(given, names)}
     if not groups: raise ValueError('--classes is empty; write for example "bus=minibus,school bus;cat=tabby,lynx"')
     return groups
 

@@ -52,10 +52,11 @@ def made(photos, tmp_path_factory):
 def test_groups_of_imagenet_classes():
     assert class_groups("bus=minibus,school bus;cat") == dict(bus=(654, 779), cat=VOC_IMAGENET["cat"])
     assert class_groups("bus=n03769881,779") == dict(bus=(654, 779))
+    assert class_groups("bus,cat;dog") == {c: VOC_IMAGENET[c] for c in ("bus", "cat", "dog")}
 
 
-@pytest.mark.parametrize("text, says", [("", "--classes is empty"), ("bus=minibuss", "nearest: minibus"), ("=minibus", "has no name"), ("person", "has to be trained"),
-                                        ("cat;cat=lynx", "twice"), ("bus=", "has no ImageNet class"), ("thing", "no class 'thing'")])
+@pytest.mark.parametrize("text, says", [("", "--classes is empty"), ("bus=minibuss", "nearest: minibus"), ("=minibus", "is no group"), ("person", "ImageNet has no class for VOC"),
+                                        ("cat;cat=lynx", "twice"), ("bus=", "is no group"), ("qwertz", "no class 'qwertz'")])
 def test_groups_that_cannot_be_read(text, says):
     with pytest.raises(ValueError, match=says): class_groups(text)
 

@@ -4,7 +4,8 @@
 
 FOLDER is in VOC layout with VOC's classes. Two measurements:
 
-    list    every photograph of --list with a class that ImageNet has: masks without training, against those of `adcam explain` at its default threshold
+    list    every photograph of --list with a class that ImageNet has: masks without training, against those of `adcam explain`
+            at its default threshold for the same words
     folder  24 photographs of four classes with a csv, as somebody's own folder: trained heads, and the same without training
 
 Pixels of other classes are not counted, for everybody alike. WORK keeps the runs; stopped, the same command continues. CPU seconds and peak memory
@@ -23,23 +24,15 @@ import torch
 from tqdm import tqdm
 
 from adcam.branches import VOC_IMAGENET, TwoBranch
-from adcam.classifier import whole_image
 from adcam.data import Subset, VOCFolder, label_of, read_mask
 from adcam.evaluation import confusion, scores
 from adcam.files import atomic_write, read_json
 from adcam.irnet import smooth_mask
 from adcam.masks import PAIR, Photographs, make_masks, masks_profile
-from adcam.photo import explain
+from adcam.photo import Group, explain
 from adcam.pipeline import provenance, save_result
 
 KEPT, FOUR = ("miou", "fp", "fn", "f1", "pixel_accuracy"), ("aeroplane", "bus", "cat", "dog")
-
-
-@torch.no_grad()
-def best_members(pair: TwoBranch, image: np.ndarray, groups: list) -> list:
-    "Of each group the ImageNet class with the highest logit: what somebody would type who knows what the photograph shows"
-    logit = pair.class_maps(whole_image(image, 448, pair.stride)[None])[1][0]                    # (1000,)
-    return [max(g, key=lambda i: float(logit[i])) for g in groups]
 
 
 def explained(pair: TwoBranch, ds: Photographs, threshold: float = .4) -> list:
@@ -49,8 +42,8 @@ def explained(pair: TwoBranch, ds: Photographs, threshold: float = .4) -> list:
         keys = np.flatnonzero(ds.label(i))
         if not len(keys):
             continue
-        s, groups = ds[i], [VOC_IMAGENET[ds.classes[k]] for k in keys]
-        mask = explain(s.image, best_members(pair, s.image, groups), model=pair, methods="ad_cam", threshold=threshold).mask("ad_cam")
+        s, groups = ds[i], [Group(ds.classes[k], VOC_IMAGENET[ds.classes[k]]) for k in keys]
+        mask = explain(s.image, groups, model=pair, methods="ad_cam", threshold=threshold).mask("ad_cam")
         mask = np.concatenate([[0], keys + 1])[mask].astype(np.uint8)
         for crf, total in counts.items():
             total += confusion(smooth_mask(mask, s.image) if crf else mask, s.mask, len(ds.classes))
