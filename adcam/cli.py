@@ -309,17 +309,19 @@ def _tell_seeds_cost(model, ds, out: Path, method: str, views: dict, options: di
     "Print what the missing seeds will cost; where several processes are launched, nothing is said. An image that cannot be read is told later."
     from dataclasses import replace
     from adcam.cost import approve
-    from adcam.data import chosen, label_of
+    from adcam.data import chosen
     from adcam.pipeline import profiles
     from adcam.run import estimate
     from adcam.scenes import Scenes
     from adcam.seeds import launched
-    todo = [i for i in range(len(ds)) if (force or not (out / f"{ds.ids[i]}.npz").exists())]
-    if launched()[1] > 1 or not todo:
+    if launched()[1] > 1:
         return
     try:
         part = ds if isinstance(ds, Scenes) else chosen(ds, classes=True).ds
-        found = estimate(replace(profiles["voc"], **views), model, part, method, options, processes=processes, precision=precision, lower="--scales, --processes, or the size of the photographs; or leave out the mirrored views (--no-flip)")
+        todo = [i for i, name in enumerate(part.ids) if force or not (out / f"{name}.npz").exists()]
+        if not todo:
+            return
+        found = estimate(replace(profiles["voc"], **views), model, part, method, options, processes=processes, precision=precision, todo=todo, lower="--scales, --processes, or the size of the photographs; or leave out the mirrored views (--no-flip)")
     except (ValueError, OSError) as error:
         if only or isinstance(error, MemoryError):
             raise
@@ -434,7 +436,7 @@ def evaluate(
     whole = None if data == "mini" else open_data(data, split, n, check=False)
     if whole is not None and not any(has_mask(whole, i) for i in range(len(whole))):
         raise ValueError(f"{data} has no masks, so nothing can be compared with the seeds. What tells something without masks: the mAP that every training prints (at chance, the maps mean nothing), "
-                         f"and your own eyes: adcam explain, or adcam masks and a look at its masks. Twenty masks drawn by hand make a first number: MASKS/<photo>.png, 0 background, 1 to {len(whole.classes)} in the order of the classes")
+                         f"and your own eyes: adcam show {folder} --data {data} --out page.html. Twenty masks drawn by hand make a first number: MASKS/<photo>.png, 0 background, 1 to {len(whole.classes)} in the order of the classes")
     picked = _images(data, split, n, classes=True, masks=True, files=folder, suffix=".npz", complete=_AGAIN)
     ds = picked.ds
     if data != "mini":
@@ -1062,6 +1064,9 @@ def own_masks(
     if only_estimate:
         return
     typer.echo(f"wrote {done.count} masks: {done.folder}  (0 background, " + ", ".join(f"{k} {c}" for k, c in enumerate(done.classes, 1)) + ")")
+    if (out / "labels.csv").exists():
+        typer.echo(f"to look at them, copy {out / 'labels.csv'} and {out / 'classes.txt'} into {folder}, which makes it a data set; then:")
+    typer.echo(f"adcam show {done.folder} --data {folder} --out {out / 'page.html'}")
     _tell_skipped(done.run.skipped, done.run.total)
 
 # %% ../nbs/14_cli.ipynb #bbfb1224

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
+from .progress import tqdm
 from .branches import TwoBranch, group_maps
 from .classifier import whole_image
 from .cost import picture_size
@@ -141,13 +141,15 @@ class Photographs:
     def __init__(self,
                  ds: Any,                     # data set
                  long: int | None = None,     # long side, pixels; None: as they are
-                 classes: tuple | None = None # names to keep; None: all
+                 classes: tuple | None = None # names that count; None: all. The others keep their numbers, but no photograph has them
                 ):
-        self.ds, self.long, self.ids, self.classes = ds, long, list(ds.ids), tuple(ds.classes if classes is None else classes)
-        if lost := set(self.classes) - set(ds.classes): raise ValueError(f"no photograph has a label {sorted(lost)[0]!r}; there are {', '.join(ds.classes)}. Name the groups of --classes like the labels")
-        self.keep, self.left_out = [ds.classes.index(c) for c in self.classes], [c for c in ds.classes if c not in self.classes]
+        self.ds, self.long, self.ids, self.classes = ds, long, list(ds.ids), tuple(ds.classes)
+        wanted = self.classes if classes is None else tuple(classes)
+        if lost := [c for c in wanted if c not in self.classes]: raise ValueError(f"no photograph has a label {lost[0]!r}; there are {', '.join(self.classes)}. Name the groups of --classes like the labels")
+        self.wanted = np.isin(self.classes, wanted)                          # (K,)
+        self.left_out = [c for c, yes in zip(self.classes, self.wanted) if not yes]
         self.number = np.full(256, 255, np.uint8)                            # true label -> label here
-        self.number[[0, *(k + 1 for k in self.keep)]] = range(len(self.keep) + 1)
+        self.number[[0, *(np.flatnonzero(self.wanted) + 1)]] = [0, *(np.flatnonzero(self.wanted) + 1)]
         self.name = Path(getattr(ds, "root", type(ds).__name__)).name
 
     def __len__(self) -> int: return len(self.ids)
@@ -156,7 +158,7 @@ class Photographs:
         "Height and width here, without decoding the photograph"
         return _fit(picture_size(self.ds, i), self.long)
 
-    def label(self, i: int) -> np.ndarray: return label_of(self.ds, i)[self.keep]
+    def label(self, i: int) -> np.ndarray: return label_of(self.ds, i) * self.wanted
 
     def image(self, i: int) -> np.ndarray:
         "(H,W,3) uint8, shrunk"
@@ -177,7 +179,7 @@ class Photographs:
 
     def fingerprint(self) -> str:
         "Hash of the photographs, the limit and the classes"
-        return hashlib.sha256(f"{self.ds.fingerprint()}{self.long}{self.classes}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.ds.fingerprint()}{self.long}{self.wanted.tolist()}".encode()).hexdigest()
 
 # %% ../nbs/13h_masks.ipynb #aa5d097d
 class Opened(NamedTuple):
@@ -308,6 +310,7 @@ def make_masks(
     if groups and not pair: raise ValueError(f"--classes needs a CNN that knows ImageNet; --network {network} does not: name a pair CNN+VIT")
     net = _network(network, groups, 1, cnn_weights, vit_weights, random_weights).to(pick_device(device)) if groups else None
     opened = open_photographs(root, out, labels, net, long, split, limit, progress)
+    if net is not None: net = Grouped(net.pair, {c: groups.get(c, ()) for c in opened.ds.classes}).to(pick_device(device))   # in the order of the data set
     p = override(masks_profile(network, len(opened.ds.classes), refine, threshold), list(change))
     if pair and net is None: net = _network(network, None, p.num_classes, cnn_weights, vit_weights, random_weights)
     done = run(p, opened.ds, out, trained=net, heads=groups is None, refine=refine, crf=crf, cnn_weights=cnn_weights, vit_weights=vit_weights, limit=limit, budget=budget, force=force,

@@ -97,15 +97,19 @@ def main() -> None:
         parser.add_argument(name, type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("results/photos"))
     parser.add_argument("--list", default="val_voc20", help="list that is reported; thresholds were chosen on train_voc20")
+    parser.add_argument("--runs", default="heads24,own24", help="runs on the folder of 24 photographs")
     a = parser.parse_args()
     start, classes = time.perf_counter(), [c for c, g in VOC_IMAGENET.items() if g]
     listed = Photographs(VOCFolder(a.folder, a.list), None, tuple(classes))
     done, cost = masks(a, a.folder, "own", classes=";".join(classes), split=a.list)
     rows = [r | dict(photographs=a.list) | (dict(cost=cost) if r["crf"] else {}) for r in scored(done, listed, "masks --classes")]
     pair = TwoBranch(*PAIR.split("+"), None, cnn_weights=a.cnn_weights, vit_weights=a.vit_weights).eval().requires_grad_(False)
-    rows = [r | dict(photographs=a.list) for r in explained(pair, listed)] + rows
+    if not (kept := a.work / "explain.json").exists():
+        told = json.dumps(explained(pair, listed)).encode()
+        atomic_write(kept, lambda f: f.write(told))
+    rows = [r | dict(photographs=a.list) for r in json.loads(kept.read_text())] + rows
     root, truth = folder_of(a)
-    for name, words in (("heads24", ""), ("own24", ";".join(FOUR))):
+    for name, words in ((n, w) for n, w in (("heads24", ""), ("own24", ";".join(FOUR))) if n in a.runs.split(",")):
         done, cost = masks(a, root, name, classes=words)
         more = dict(classifier=next(r["note"] for r in done.run.rows if r["stage"] == "classifier")) if not words else {}
         rows += [r | dict(photographs="folder") | (dict(cost=cost) | more if r["crf"] else {}) for r in scored(done, truth, "masks --classes" if words else "masks")]
