@@ -263,12 +263,18 @@ def test_make_help_lists_every_target():
     assert set(re.findall(r"^  make ([\w-]+)", listed, re.M)) == set(phony)
 
 
+def test_make_help_says_how_long_a_figure_takes():
+    listed = subprocess.run(["make", "-s", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    silent = [line for line in listed.splitlines() if re.match(r"  make (fig|table|theorem|results|checkpoints|test|bench |photos|coco)", line) and not re.search(r"\(.*(min|minute|h|hours|days|seconds)\b", line)]
+    assert not silent
+
+
 @pytest.mark.parametrize("path", PAPER, ids=name_of)
 def test_make_runs_every_figure_at_full_size(path):
     target = {"fig4": "figure4"}.get(path.stem, path.stem)
     folder = {"photos": "photos", "coco": "coco", "claims": "claims"}.get(path.stem, "mini")
     plan = subprocess.run(["make", "-n", target, "VENV=", "DATA=x"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert "papermill -k python3 " in plan and f"{name_of(path)} results/{folder}/{path.stem}.ipynb -f configs/{path.stem}.yaml" in plan
+    assert re.search(rf"adcam\.cli paper {path.stem} -f configs/{path.stem}\.yaml .*--out results/{folder}$", plan, re.M)
 
 
 def test_checkpoints_are_small_and_installed():
