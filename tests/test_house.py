@@ -192,6 +192,24 @@ def test_readme_links_exist():
     assert links and not missing
 
 
+def test_readme_of_the_package_index_needs_no_files_beside_it():
+    sys.path.insert(0, str(ROOT / "tools"))
+    try:
+        from dist import absolute, repository
+    finally:
+        sys.path.pop(0)
+    text = absolute((ROOT / "README.md").read_text(), "https://example.org/adcam", "main")
+    links = re.findall(r"\]\(([^)\s]+)", text) + re.findall(r'src="([^"]+)"', text)
+    assert links and all(re.match(r"https?:|#", x) for x in links) and repository()[0].startswith("https://")
+    assert "![" in text and re.search(r"!\[[^\]]*\]\(https://example.org/adcam/raw/main/results/", text)
+    assert absolute("[a](b.md) ![c](d.png) [![e](f.png)](g.md) [h](#i) [j](https://k.l)", "u", "m") == "[a](u/blob/m/b.md) ![c](u/raw/m/d.png) [![e](u/raw/m/f.png)](u/blob/m/g.md) [h](#i) [j](https://k.l)"
+
+
+def test_a_wheel_carries_notebooks_and_configs():
+    files = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["data-files"]
+    assert files == {"share/adcam/nbs/paper": ["nbs/paper/*.ipynb"], "share/adcam/configs": ["configs/*.yaml"]}
+
+
 def test_settings_agree_with_pyproject(settings, project):
     assert settings["lib_name"] == project["name"]
     assert project["requires-python"] == f">={settings['min_python']}"
