@@ -31,7 +31,7 @@ WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count() or 1, 8))')
 # papermill with a line at the terminal that says what it is doing and how long that will take
 PAPER := $(PY) -m adcam.cli paper
 
-.PHONY: help install figure4 table3 fig1 fig5 fig6 theorem41 table1 table2 coco photos voc voc-public claims results checkpoints bench bench-gpu test export check readme dist clean
+.PHONY: help install figure4 table3 fig1 fig5 fig6 theorem41 table1 table2 coco photos voc voc-public claims results outcome redraw checkpoints bench bench-gpu test export check readme dist clean
 
 help: ## list the targets; times are those of two CPU cores
 	@awk -F ':.*## ' '/^[a-z][a-z0-9-]*:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -109,7 +109,13 @@ claims: OUT = results/claims
 claims: install ## every claim of the paper with its verdict, read from results/ (seconds)
 	$(call paper,claims)
 
-results: figure4 table3 fig1 fig5 fig6 theorem41 table1 table2 ## every table and figure on Scenes (2 h)
+results: figure4 table3 fig1 fig5 fig6 theorem41 table1 table2 outcome ## every table and figure on Scenes, shown in the notebooks that make them (2 h)
+
+outcome: install ## put what results/ holds into the figure notebooks (seconds)
+	$(PY) tools/outcome.py
+
+redraw: install ## the figures of results/mini once more from their numbers, after a change of style
+	$(PY) tools/redraw.py
 
 checkpoints: install ## train the three seeds anew, with and without stop-gradient (hours)
 	$(PY) -m adcam.cli checkpoints

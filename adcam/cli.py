@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['app', 'Data', 'Split', 'Images', 'Device', 'Precision', 'data_app', 'AnySize', 'Processes', 'Where', 'Network',
-           'Weights', 'CnnWeights', 'VitWeights', 'TrainingSeed', 'Coupled', 'irnet_app', 'Recipe', 'AllCores',
-           'SmallBackbone', 'Pair', 'segment_app', 'SegNet', 'SegProfile', 'Backbone', 'Pictures', 'Overlay',
-           'ClassesWanted', 'BothNames', 'Trained', 'ClassNames', 'Layers', 'Threshold', 'MaskFolder', 'MapFolder',
-           'main', 'version', 'scenes', 'Kind', 'Published', 'check', 'get', 'convert', 'weights', 'profile', 'seeds',
-           'seeds_check', 'seeds_merge', 'evaluate', 'train', 'train_heads', 'train_cam_command', 'train_recam_command',
-           'irnet_labels', 'irnet_train', 'irnet_masks', 'crf', 'segment_train', 'segment_predict', 'whole_run',
-           'explain', 'checkpoints', 'paper', 'bench']
+           'Weights', 'CnnWeights', 'VitWeights', 'TrainingSeed', 'Coupled', 'OnlyEstimate', 'Anyway', 'irnet_app',
+           'Recipe', 'AllCores', 'SmallBackbone', 'Pair', 'segment_app', 'SegNet', 'SegProfile', 'Backbone', 'Pictures',
+           'Overlay', 'ClassesWanted', 'BothNames', 'Trained', 'ClassNames', 'Layers', 'Threshold', 'MaskFolder',
+           'MapFolder', 'main', 'version', 'scenes', 'Kind', 'Published', 'check', 'get', 'convert', 'weights',
+           'profile', 'seeds', 'seeds_check', 'seeds_merge', 'evaluate', 'show', 'train', 'train_heads',
+           'train_cam_command', 'train_recam_command', 'irnet_labels', 'irnet_train', 'irnet_masks', 'crf',
+           'segment_train', 'segment_predict', 'whole_run', 'own_masks', 'explain', 'checkpoints', 'paper', 'bench']
 
 # %% ../nbs/14_cli.ipynb #e9194bbd
 import contextlib
@@ -304,6 +304,30 @@ def _numbers(text: str, name: str) -> tuple:
     except ValueError:
         raise ValueError(f"{name} is {text!r}; give numbers separated by commas, such as 1,0.5,1.5") from None
 
+# %% ../nbs/14_cli.ipynb #c0a5e107
+OnlyEstimate = Annotated[bool, typer.Option("--estimate", help="Only say how long it will take and how much memory it needs.")]
+Anyway = Annotated[bool, typer.Option("--anyway", help="Go on although the memory is too small by the estimate.")]
+
+def _tell_seeds_cost(model, ds, out: Path, method: str, views: dict, options: dict, precision: str, processes: int, only: bool, anyway: bool, force: bool) -> None:
+    "Print what the missing seeds will cost; where several processes are launched, nothing is said. An image that cannot be read is told later."
+    from dataclasses import replace
+    from adcam.cost import approve
+    from adcam.data import chosen, label_of
+    from adcam.pipeline import profiles
+    from adcam.run import estimate
+    from adcam.seeds import launched
+    todo = [i for i in range(len(ds)) if (force or not (out / f"{ds.ids[i]}.npz").exists())]
+    if launched()[1] > 1 or not todo:
+        return
+    try:
+        part = chosen(ds, classes=True).ds
+        found = estimate(replace(profiles["voc"], **views), model, part, method, options, processes=processes, precision=precision, lower="--scales, --processes, or the size of the photographs; or leave out the mirrored views (--no-flip)")
+    except (ValueError, OSError) as error:
+        if only or isinstance(error, MemoryError):
+            raise
+        return typer.echo(f"no estimate: {error}", err=True)
+    typer.echo(approve(found, anyway=anyway or only))
+
 # %% ../nbs/14_cli.ipynb #8a9045e5
 @app.command()
 def seeds(
@@ -324,6 +348,7 @@ def seeds(
     batch: Annotated[Optional[int], typer.Option(min=1, help="Images that go through the network together; 1 on a CPU, what the memory holds on a GPU, if not given.")] = None,
     workers: Annotated[Optional[int], typer.Option(min=0, help="Processes that read images ahead, where images go together; as many as are useful if not given.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace seeds made with other settings.")] = False,
+    only_estimate: OnlyEstimate = False, anyway: Anyway = False,
 ) -> None:
     "Extract seeds, one file per image. A run that was stopped continues; under torchrun each process takes its share."
     from dataclasses import replace
@@ -339,7 +364,11 @@ def seeds(
     place = pick_device(device)
     check_precision(precision, place)
     model = _network(network, len(ds.classes), weights, seed, coupled, cnn_weights, vit_weights).to(place)
-    done = extract_dataset(model, ds, out, method, scales=factors, flip=usual.flip if flip is None else flip, size_mode=size_mode or ("exact" if network == "resnet50" else usual.size_mode),
+    views = dict(scales=factors, flip=usual.flip if flip is None else flip, size_mode=size_mode or ("exact" if network == "resnet50" else usual.size_mode))
+    _tell_seeds_cost(model, ds, out, method, views, options, precision, processes, only_estimate, anyway, force)
+    if only_estimate:
+        return
+    done = extract_dataset(model, ds, out, method, **views,
                            precision=precision, processes=processes, batch=batch, workers=workers, force=force, **options)
     typer.echo(f"{done['computed']} seeds computed, {done['cached']} were there: {out}")
     _tell(Chosen(ds, [Skipped(*s) for s in done["skipped"]], done["unlabeled"], len(ds)))
@@ -403,7 +432,11 @@ def evaluate(
     out: Annotated[Optional[Path], typer.Option(help="Also write the numbers to OUT/seeds.json, with their origin.")] = None,
 ) -> None:
     "Score seeds against masks. mIoU, FP and FN at the best and at a fixed threshold."
-    from adcam.data import check_agreement
+    from adcam.data import check_agreement, has_mask, open_data
+    whole = None if data == "mini" else open_data(data, split, n, check=False)
+    if whole is not None and not any(has_mask(whole, i) for i in range(len(whole))):
+        raise ValueError(f"{data} has no masks, so nothing can be compared with the seeds. What tells something without masks: the mAP that every training prints (at chance, the maps mean nothing), "
+                         f"and your own eyes: adcam explain, or adcam masks and a look at its masks. Twenty masks drawn by hand make a first number: MASKS/<photo>.png, 0 background, 1 to {len(whole.classes)} in the order of the classes")
     picked = _images(data, split, n, classes=True, masks=True, files=folder, suffix=".npz", complete=_AGAIN)
     ds = picked.ds
     if data != "mini":
@@ -421,7 +454,63 @@ def evaluate(
         typer.echo(f"wrote {save_result('seeds', kept, out, provenance(settings=settings, data={split: ds.fingerprint()}))}")
     _tell(picked)
 
+# %% ../nbs/14_cli.ipynb #7a216cd7
+def _shown(folder: Path, data: str, split: str, n: Optional[int]) -> tuple:
+    "What a folder holds (`kind_of`) and the images it belongs to; the folder may be a data set itself."
+    from adcam.data import KINDS
+    from adcam.show import kind_of
+    name = str(folder)
+    suffix = "" if name == "mini" or name.partition(":")[0] in KINDS else kind_of(folder)
+    return suffix, _images(data if suffix else name, split, n, masks=not suffix, **dict(files=folder, suffix=suffix) if suffix else {})
+
+# %% ../nbs/14_cli.ipynb #2b237cd5
+@app.command()
+def show(
+    folder: Annotated[Path, typer.Argument(help="Folder of seeds (ID.npz) or masks (ID.png), or a data set as --data names it: then its own masks are shown.")],
+    out: Annotated[Path, typer.Option(help="sheet.png, or page.html: one file with a slider for the threshold and a list of classes.")],
+    data: Data = "mini", split: Split = "train",
+    limit: Annotated[Optional[int], typer.Option("--limit", "--n", min=1, help="Only the first N images.")] = None,
+    threshold: Annotated[Optional[float], typer.Option(min=0.0, max=1.0, help="Of seeds; the best one where there is truth, else 0.3, if not given.")] = None,
+    cls: Annotated[Optional[str], typer.Option("--class", help="Only this class.")] = None,
+    size: Annotated[Optional[int], typer.Option(min=48, max=2000, help="Largest side of a picture in pixels; 480 on a page, 240 on a sheet, if not given.")] = None,
+    columns: Annotated[Optional[int], typer.Option(min=1, help="Of a sheet: photographs side by side.")] = None,
+    per_page: Annotated[int, typer.Option("--per-page", min=1, help="Of a sheet: photographs on one; more go to sheet-2.png and so on.")] = 60,
+) -> None:
+    "Show seeds or masks beside their photographs, with the errors where truth is there."
+    from adcam.show import class_number, gallery, numbers_line, write_show
+    suffix, picked = _shown(folder, data, split, limit)
+    number = None if cls is None else class_number(picked.ds.classes, cls)
+    page = out.suffix.lower() != ".png"
+    g = gallery(picked.ds, folder, suffix, size or (480 if page else 240), progress=sys.stderr.isatty())
+    picked = picked.also(g.skipped)
+    best = g.best()
+    t = threshold if threshold is not None else 0.3 if best is None else best
+    note = f"The threshold {best:.2f} is the best of these photographs: it was chosen with the truth." if best is not None and t == best else ""
+    files = write_show(out, g._replace(skipped=picked.skipped), t, number, columns, per_page, size or 240, f"{folder.name}, {split}", note)
+    typer.echo(f"{numbers_line(g, t, number)}{'; ' + note[0].lower() + note[1:-1] if note else ''}")
+    typer.echo(f"wrote {', '.join(map(str, files))} ({sum(f.stat().st_size for f in files) / 1e6:.1f} MB)")
+    _tell(picked)
+
 # %% ../nbs/14_cli.ipynb #11d8bc29
+def _kept_back(ds, hold_out: bool) -> tuple:
+    "Images to learn from, images to judge, and what to call the latter."
+    from adcam.data import Subset
+    from adcam.learned import held_out
+    if not hold_out:
+        return ds, ds, "that it has learned from"
+    learn, judge = held_out(ds)
+    if not judge:
+        raise ValueError(f"{len(ds)} images are too few to hold a fifth back; leave --hold-out out")
+    return Subset(ds, learn), Subset(ds, judge), "held out"
+
+def _tell_learned(model, ds, on: str = "that it has learned from") -> None:
+    "mAP beside chance, and a warning in words where the classifier knows nothing."
+    from adcam.learned import learned, warning
+    found = learned(model, ds, on)
+    typer.echo(str(found))
+    if text := warning(found):
+        typer.echo(f"warning: {text}", err=True)
+
 @app.command()
 def train(
     out: Annotated[Path, typer.Option(help="Folder for weights.safetensors, last.pt and log.jsonl.")],
@@ -438,6 +527,7 @@ def train(
     freeze_bn: Annotated[bool, typer.Option("--freeze-bn", help="Keep the BatchNorm statistics of the start weights.")] = False,
     sync_bn: Annotated[bool, typer.Option("--sync-bn/--no-sync-bn", help="BatchNorm statistics of the whole batch, if there are several processes.")] = True,
     accumulate: Annotated[int, typer.Option(min=1, help="Parts into which a process cuts its share of a batch.")] = 1,
+    hold_out: Annotated[bool, typer.Option("--hold-out", help="Keep a fifth of the images out of the training and judge the classifier on it.")] = False,
     workers: Annotated[int, typer.Option(min=0, help="Processes that prepare views.")] = 0,
 ) -> None:
     "Train the two branches on image labels. One loss each; a run that was stopped continues."
@@ -447,18 +537,20 @@ def train(
     from adcam.run import train_config
     from adcam.seeds import launched
     usual, (ds, skipped) = profiles["mini" if data == "mini" else "voc"], _dataset(data, split, n, masks=False, workers=workers)
-    model = _two_branches(network, len(ds.classes), cnn_weights, vit_weights, seed, stop_grad=stop_grad)
+    total, model = len(ds) + len(skipped), _two_branches(network, len(ds.classes), cnn_weights, vit_weights, seed, stop_grad=stop_grad)
     if start is not None:
         _only_conformer(model, "--start")
         left = conformer.load_pretrained(model, start)
         typer.echo(f"started from {start}" + (f"; new: {', '.join(left)}" if left else ""))
+    ds, judged, on = _kept_back(ds, hold_out)
     given = {n: v for n, v in dict(epochs=epochs, batch=batch, crop=crop).items() if v is not None}
     rank, several = launched()
     config = train_config(usual, **given, seed=seed, mixed_precision=precision, workers=workers, freeze_bn=freeze_bn, sync_bn=sync_bn and several > 1 and not freeze_bn)
     train_network(model, ds, config, train_vit, out=out, accumulate=accumulate, device=device)
     if rank == 0:
         typer.echo(f"wrote {save_trained(model, out / 'weights.safetensors', network, classes=list(ds.classes))}")
-    _tell_skipped(skipped, len(ds) + len(skipped))
+        _tell_learned(model, judged, on)
+    _tell_skipped(skipped, total)
 
 # %% ../nbs/14_cli.ipynb #a2c85b9b
 @app.command("train-heads")
@@ -474,15 +566,23 @@ def train_heads(
     "Train the two linear heads on a frozen backbone: each image passes it once, the rest takes seconds."
     from adcam import conformer
     from adcam.devices import pick_device
-    from adcam.classifier import HeadsConfig, train_heads as fit
+    from adcam.classifier import HeadsConfig, cached_features, train_heads as fit
+    from adcam.learned import held_out_logits, judge, warning
     from adcam.networks import save_trained
     ds, skipped = _dataset(data, split, n, masks=False)
     model = _two_branches(network, len(ds.classes), cnn_weights, vit_weights)
     if start is not None:
         _only_conformer(model, "--start")
         conformer.load_pretrained(model, start)
-    history = fit(model.to(pick_device(device)), ds, HeadsConfig(size=size, solver=solver), cache=out)
+    config, model = HeadsConfig(size=size, solver=solver), model.to(pick_device(device))
+    features = cached_features(model, ds, size, batch=config.batch, cache=out)
+    found = judge(held_out_logits(model, features, config), features.labels.numpy()) if len(ds) > 1 else None
+    history = fit(model, features, config)
     typer.echo(f"{len(history)} steps, loss {history[0]['loss']:.3f} -> {history[-1]['loss']:.3f}; wrote {save_trained(model, out / 'weights.safetensors', network, classes=list(ds.classes))}")
+    if found is not None:
+        typer.echo(f"{found}")
+        if text := warning(found):
+            typer.echo(f"warning: {text}", err=True)
     _tell_skipped(skipped, len(ds) + len(skipped))
 
 # %% ../nbs/14_cli.ipynb #c41f36d7
@@ -518,6 +618,7 @@ def train_cam_command(
     history = train_cam(net, ds, config, out=out, device=device)
     save_weights(net, out / "weights.safetensors")
     typer.echo(f"{len(history)} steps on {len(ds)} images, loss {history[-1]['loss']:.3f}; wrote {out / 'weights.safetensors'}")
+    _tell_learned(net, ds)
     _tell_skipped(skipped, len(ds) + len(skipped))
 
 # %% ../nbs/14_cli.ipynb #6c5fb161
@@ -547,6 +648,7 @@ def train_recam_command(
         model.freeze("bn1")
     history = train_recam(model, ds, config, out=out, device=device)
     typer.echo(f"{len(history)} steps, loss {history[0]['loss']:.3f} -> {history[-1]['loss']:.3f}; wrote {save_weights(model, out / 'weights.safetensors')}")
+    _tell_learned(model, ds)
     _tell_skipped(skipped, len(ds) + len(skipped))
 
 # %% ../nbs/14_cli.ipynb #9f190386
@@ -776,14 +878,14 @@ def _none_or(name: str, text: str):
 def _seg_config(profile, change: list, **given):
     "The recipe of the profile's network, changed by `--set name=value` and by what was given."
     from dataclasses import fields
-    from adcam.run import _as_type, segmentation_config
+    from adcam.run import as_type, segmentation_config
     usual, changes = segmentation_config(profile), {}
     for item in change:
         name, _, value = item.partition("=")
         if name not in {f.name for f in fields(usual)} or not value:
             raise ValueError(f"--set {item}: give name=value with one of {', '.join(f.name for f in fields(usual))}")
         old = getattr(usual, name)
-        changes[name] = _none_or(name, value) if old is None else _as_type(name, value, old)
+        changes[name] = _none_or(name, value) if old is None else as_type(name, value, old)
     return segmentation_config(profile, **changes | {n: v for n, v in given.items() if v is not None})
 
 # %% ../nbs/14_cli.ipynb #3b2187b7
@@ -878,6 +980,10 @@ def segment_predict(
     _tell(picked)
 
 # %% ../nbs/14_cli.ipynb #e3e63102
+def _budget(only: bool, anyway: bool) -> str:
+    "What `adcam.run.run` is to do with the estimate."
+    return "only" if only else "tell" if anyway else "check"
+
 @app.command("run")
 def whole_run(
     out: Annotated[Path, typer.Option(help="Folder of the run; give the same one to continue.")],
@@ -890,7 +996,9 @@ def whole_run(
     trained: Annotated[Optional[Path], typer.Option(help="A trained classifier: no training.")] = None,
     resnet: Annotated[Optional[str], typer.Option(help="ImageNet weights of IRNet's ResNet-50: a file, or `timm` to download them.")] = None,
     method: Annotated[str, typer.Option(help="How class maps are made; see `adcam seeds`.")] = "ad_cam",
-    refine: Annotated[str, typer.Option(help="How seeds become masks: irn or psa.")] = "irn",
+    heads: Annotated[bool, typer.Option("--heads", help="Train only the two linear heads, on features that are computed once; every image is held out in its turn.")] = False,
+    refine: Annotated[str, typer.Option(help="How seeds become masks: irn, psa, or none for a threshold only.")] = "irn",
+    crf: Annotated[bool, typer.Option("--crf", help="A CRF after that; its masks go to OUT/crf_masks.")] = False,
     segment: Annotated[bool, typer.Option("--segment", help="Go on: train the segmentation network on the pseudo masks, predict the profile's test split.")] = False,
     init: Annotated[Optional[str], typer.Option(help="Start weights of the segmentation network: a file, or `timm` to download ImageNet's.")] = None,
     change: Annotated[Optional[list[str]], typer.Option("--set", help="name=value of a setting; may be given several times.")] = None,
@@ -898,6 +1006,7 @@ def whole_run(
     processes: Annotated[int, typer.Option(min=1, help="Worker processes for seeds, labels and walks.")] = 1,
     workers: Annotated[int, typer.Option(min=0, help="Processes that prepare training views.")] = 0,
     precision: Precision = "fp32", device: Device = "auto",
+    only_estimate: OnlyEstimate = False, anyway: Anyway = False,
 ) -> None:
     "From images with labels to pseudo masks, or to predictions. Every stage of the package; a run that was stopped continues."
     from adcam.pipeline import profiles
@@ -908,11 +1017,53 @@ def whole_run(
         raise ValueError(f"the profile {profile} needs --data DIR; `adcam data get {'coco2014' if profile == 'coco' else 'voc2012'} DIR` fetches it")
     changes = [*(with_network(network) if network else ()), *(change or [])]
     done = all_stages(override(profiles[profile], changes), data or "mini", out, method=method, limit=limit, weights=weights, trained=trained, resnet=resnet, cnn_weights=cnn_weights, vit_weights=vit_weights,
-                      refine=refine, segment=segment, init=init, seed=seed, processes=processes, workers=workers, progress=sys.stderr.isatty(), device=device, precision=precision)
+                      heads=heads, refine=refine, crf=crf, segment=segment, init=init, seed=seed, processes=processes, workers=workers, progress=sys.stderr.isatty(), device=device, precision=precision,
+                      budget=_budget(only_estimate, anyway))
+    if only_estimate:
+        return
     typer.echo(f"wrote {out / 'run.json'}")
     if done.unlabeled:
         typer.echo(f"{len(done.unlabeled)} images without a class were left out, first {done.unlabeled[0]}", err=True)
     _tell_skipped(done.skipped, done.total)
+
+# %% ../nbs/14_cli.ipynb #c0a5e103
+_OWN = "tf_efficientnet_lite0+vit_small_patch14_dinov2"
+
+@app.command("masks")
+def own_masks(
+    folder: Annotated[str, typer.Argument(help="Folder of photographs, with labels.csv or a sub-folder per class; or a folder in VOC layout.")],
+    out: Annotated[Optional[Path], typer.Option(help="Folder of the run, outside of FOLDER; FOLDER-masks beside it if not given. The masks are in OUT/masks.")] = None,
+    labels: Annotated[Optional[Path], typer.Option(help="Table of labels: header `id,labels`, a line `PHOTO,class;class` per photograph. FOLDER/labels.csv if not given.")] = None,
+    classes: Annotated[str, typer.Option(help='Groups of ImageNet classes, "bus=minibus,school bus;cat": nothing is trained. Without labels, ImageNet also says what is where.')] = "",
+    network: Annotated[str, typer.Option(help="A pair CNN+VIT of timm's names; mini for Scenes.")] = _OWN,
+    cnn_weights: CnnWeights = None, vit_weights: VitWeights = None,
+    random_weights: Annotated[bool, typer.Option("--random-weights", help="No weights at all, to try the command.")] = False,
+    size: Annotated[Optional[int], typer.Option(min=16, help="Long side in pixels that goes through the networks; larger photographs are shrunk, their masks enlarged. 640 for a pair.")] = None,
+    threshold: Annotated[Optional[float], typer.Option(min=0., max=.99, help="Heat above which a pixel belongs to a class, 0 to 1.")] = None,
+    crf: Annotated[bool, typer.Option("--crf/--no-crf", help="Move the edges of the masks to edges of the photograph.")] = True,
+    refine: Annotated[str, typer.Option(help="none, or a walk that learns boundaries first: irn or psa; longer.")] = "none",
+    method: Annotated[str, typer.Option(help="How class maps are made; see `adcam seeds`.")] = "ad_cam",
+    split: Split = "train",
+    limit: Annotated[Optional[int], typer.Option(min=1, help="Only so many photographs, through every stage.")] = None,
+    change: Annotated[Optional[list[str]], typer.Option("--set", help="name=value of a setting; may be given several times.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the trainings.")] = 0,
+    processes: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 1,
+    device: Device = "auto",
+    only_estimate: OnlyEstimate = False, anyway: Anyway = False,
+) -> None:
+    "Masks for a folder of photographs, with public networks. A run that was stopped continues."
+    from adcam.masks import make_masks
+    out = out or Path("scenes-masks" if folder == "mini" else f"{folder.rstrip('/')}-masks")
+    done = make_masks(folder, out, labels=labels, classes=classes, network=network, cnn_weights=cnn_weights, vit_weights=vit_weights, random_weights=random_weights, size=size,
+                      threshold=threshold, crf=crf, refine=refine, change=change or [], split=split, budget=_budget(only_estimate, anyway), limit=limit,
+                      progress=sys.stderr.isatty(), device=device, method=method, seed=seed, processes=processes)
+    typer.echo(f"labels: {done.opened.table}" + (f"; not in --classes: {', '.join(done.opened.ds.left_out)}" if done.opened.ds.left_out else ""))
+    if done.opened.nothing:
+        typer.echo(f"nothing was found in {len(done.opened.nothing)} photographs, first {done.opened.nothing[0]}: write their classes into {out / 'labels.csv'} and run again", err=True)
+    if only_estimate:
+        return
+    typer.echo(f"wrote {done.count} masks: {done.folder}  (0 background, " + ", ".join(f"{k} {c}" for k, c in enumerate(done.classes, 1)) + ")")
+    _tell_skipped(done.run.skipped, done.run.total)
 
 # %% ../nbs/14_cli.ipynb #bbfb1224
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
@@ -1069,82 +1220,6 @@ def _explain_all(pictures: list, folders: bool, out: Optional[Path], ask: dict, 
             typer.echo(f"wrote {what} of {method} to {where}; classes.txt names their numbers")
     _tell_skipped(left_out, len(pictures))
 
-# %% ../nbs/14_cli.ipynb #4699f864
-def _recipe(quick: bool = False, workers: int = 1) -> dict:
-    "Settings of both steps; `quick` makes them tiny, to test the way and not the result."
-    from adcam.classifier import PretrainConfig
-    from adcam.pipeline import cache_dir, profiles
-    from adcam.run import train_config
-    from adcam.scenes import Scenes
-    mini = profiles["mini"]
-    tiny = dict(epochs=1, batch=2, crop=64, resize=None, workers=0) if quick else {}
-    step1 = dict(crop=mini.crop, resize=mini.resize, workers=workers, epochs=7, batch=32, lr_vit=2e-3, lr_cnn=2e-3, drop_path=0., clip_norm=5.,
-                 mask_ratio=.5, mask_weight=20., mask_square=2, mask_grid=4)
-    def data(split, n): return Scenes(split, 4, 64) if quick else Scenes(split, n, cache=cache_dir() / "scenes", workers=max(2, workers))
-    return dict(pretrain=PretrainConfig(**step1 | tiny), train=train_config(mini, **dict(workers=workers) | tiny),
-                pretrain_data=data("pretrain", 12_000), train_data=data("train", 4_000))
-
-# %% ../nbs/14_cli.ipynb #bf1fa664
-def _epochs(history: list) -> list:
-    "Mean of each loss, one entry per epoch."
-    from statistics import fmean
-    names = [n for n in ("conv", "trans") if n in history[0]] or ["loss"]
-    of = lambda e, name: round(fmean(h[name] for h in history if h["epoch"] == e), 4)
-    return [dict(epoch=e + 1, **{n: of(e, n) for n in names}) for e in sorted({h["epoch"] for h in history})]
-
-def _pretrained(recipe: dict, work: Path, seed: int = 0, device: str = "auto") -> tuple:
-    "Step 1: the coupled network on single objects; its file of weights and its losses."
-    from dataclasses import replace
-    import torch
-    from adcam.classifier import pretrain, save_weights
-    from adcam.conformer import conformer_mini
-    torch.manual_seed(seed)
-    ds, folder = recipe["pretrain_data"], work / f"pretrain{seed or ''}"
-    model = conformer_mini(len(ds.classes), stop_grad="none")
-    history = pretrain(model, ds, replace(recipe["pretrain"], seed=seed), out=folder, device=device)
-    return save_weights(model, folder.with_suffix(".safetensors")), _epochs(history)
-
-# %% ../nbs/14_cli.ipynb #9da7ebab
-def _finetuned(recipe: dict, work: Path, start: Path, seed: int, stop: bool, target: Path, device: str = "auto") -> tuple:
-    "Step 2 for one seed: writes `target` in half precision; a row for the log, and the losses."
-    import time
-    from dataclasses import replace
-    import torch
-    from adcam.classifier import save_weights, train as fit
-    from adcam.conformer import conformer_mini, load_pretrained
-    torch.manual_seed(seed)
-    began, ds = time.perf_counter(), recipe["train_data"]
-    model = conformer_mini(len(ds.classes), stop_grad="input" if stop else "none")
-    load_pretrained(model, start)
-    history = fit(model, ds, replace(recipe["train"], seed=seed), out=work / target.stem, device=device)
-    save_weights(model, target, torch.float16)
-    row = dict(file=target.name, seed=seed, stop_grad=model.stop_grad, steps=len(history), seconds=round(time.perf_counter() - began, 1))
-    return row, _epochs(history)
-
-# %% ../nbs/14_cli.ipynb #09e8f00c
-def _cnn_checkpoints(recipe: dict, work: Path, out: Path, seeds: list, quick: bool) -> tuple:
-    "resnet_mini: pre-trained, and one file per seed; rows for the log, and the losses."
-    import time
-    from dataclasses import replace
-    import torch
-    from adcam.classifier import save_weights
-    from adcam.cnn import MINI_PRETRAIN, MINI_TRAIN, pretrain_mini, train_mini
-    tiny = dict(epochs=1, batch=2, crop=64, resize=None, workers=0) if quick else dict(workers=1)
-    began = time.perf_counter()
-    net, history = pretrain_mini(recipe["pretrain_data"], replace(MINI_PRETRAIN, **tiny), out=work / "resnet_pretrain")
-    start, rows = save_weights(net, work / "resnet_pretrained.safetensors"), []   # full precision to go on with, half to ship
-    curves = dict(resnet_mini_pretrained=_epochs(history))
-    for seed in (None, *seeds):
-        target = out / f"resnet_mini_{'pretrained' if seed is None else f'seed{seed}'}.safetensors"
-        if seed is not None:
-            began = time.perf_counter()
-            net, history = train_mini(recipe["train_data"], start, seed, replace(MINI_TRAIN, **tiny), out=work / target.stem)
-            curves[target.stem] = _epochs(history)
-        save_weights(net, target, torch.float16)
-        rows.append(dict(file=target.name, seed=seed, stop_grad=None, steps=len(history), seconds=round(time.perf_counter() - began, 1)))
-        typer.echo(f"wrote {target}")
-    return rows, curves
-
 # %% ../nbs/14_cli.ipynb #1d71d5d9
 @app.command()
 def checkpoints(
@@ -1165,40 +1240,11 @@ def checkpoints(
         raise ValueError("--quick makes useless networks; name --out, --work and --log, so that nothing good is overwritten")
     out, work = out or Path(adcam.__file__).parent / "checkpoints", work or cache_dir() / "checkpoints"
     ints = lambda text, name: [int(s) for s in _numbers(text, name)] if text else []
-    chosen, others, recipe = ints(seed_list, "--seeds"), ints(pretrain_seeds, "--pretrain-seeds"), _recipe(quick, workers)
+    chosen, others = ints(seed_list, "--seeds"), ints(pretrain_seeds, "--pretrain-seeds")
     if only not in (None, "conformer_mini", "resnet_mini"):
         raise ValueError(f"--only is {only!r}; it is conformer_mini or resnet_mini")
-    rows, curves = [], {}
-    if only != "resnet_mini" and chosen:
-        start, curves["pretrained"] = _pretrained(recipe, work, device=device)
-        for seed, stop in ((s, g) for s in chosen for g in (True, False)):
-            target = out / f"mini_{'sg' if stop else 'coupled'}_seed{seed}.safetensors"
-            row, curves[target.stem] = _finetuned(recipe, work, start, seed, stop, target, device)
-            rows.append(row)
-            typer.echo(f"wrote {target}")
-    for other in others:
-        start, curves[f"pretrained{other}"] = _pretrained(recipe, work, other, device)
-        target = out / f"mini_pre{other}.safetensors"
-        row, curves[target.stem] = _finetuned(recipe, work, start, 0, True, target, device)
-        rows.append(row | dict(pretrain_seed=other))
-        typer.echo(f"wrote {target}")
-    if only != "conformer_mini" and chosen:
-        more, losses = _cnn_checkpoints(recipe, work, out, chosen, quick)
-        rows, curves = rows + more, curves | losses
-    typer.echo(f"wrote {_write_log(rows, curves, recipe, chosen or others, out, log, 'checkpoints' if chosen else 'pretrainings', device)}")
-
-# %% ../nbs/14_cli.ipynb #1f49584e
-def _write_log(rows: list, curves: dict, recipe: dict, chosen: list, out: Path, log: Optional[Path], name: str = "checkpoints", device: str = "auto") -> Path:
-    "<name>.json: what was trained, with which settings, on which data, and how the loss fell."
-    from dataclasses import asdict
-    from adcam.devices import numerics, pick_device
-    from adcam.pipeline import provenance, save_result
-    from adcam.cnn import MINI_PRETRAIN, MINI_TRAIN
-    settings = {step: asdict(recipe[step]) for step in ("pretrain", "train")} | dict(resnet_pretrain=asdict(MINI_PRETRAIN), resnet_train=asdict(MINI_TRAIN))
-    settings |= numerics(pick_device(device))
-    data = {split: recipe[split].fingerprint() for split in ("pretrain_data", "train_data")}
-    origin = provenance(seeds=chosen, settings=settings, data=data, checkpoints=[out / r["file"] for r in rows], seconds=sum(r["seconds"] for r in rows))
-    return save_result(name, rows, log, origin, command="adcam checkpoints", losses=curves)
+    from adcam.recipe import make_checkpoints
+    typer.echo(f"wrote {make_checkpoints(out, work, log, chosen, others, only, workers, device, quick, typer.echo)}")
 
 # %% ../nbs/14_cli.ipynb #b6c14806
 def _paper_folder() -> Path:

@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
-from .branches import TwoBranch, _create
+from .branches import TwoBranch, create_timm
 from .classifier import PolySGD, PretrainConfig, TrainConfig, fit
-from .conformer import Maps, _read
+from .conformer import Maps, read_weights
 
 # %% ../nbs/09_cnn.ipynb #746608c1
 def _features(net, x):
@@ -50,7 +50,7 @@ def _probe(net, who):
 def _build(name, weights, options):
     "A CNN of timm without its head, errors in words"
     file = None if weights in (None, "timm") else weights
-    try: return _create(name, file, weights == "timm", "weights", dict(num_classes=0) | options)
+    try: return create_timm(name, file, weights == "timm", "weights", dict(num_classes=0) | options)
     except (TypeError, AssertionError, NotImplementedError) as e: raise ValueError(f"timm cannot build {name} with {options}: {e}") from e
 
 # %% ../nbs/09_cnn.ipynb #9111d0f8
@@ -136,7 +136,7 @@ def load_cam(model:CamNet, # network to fill
             ) -> CamNet: # the same network
     "Load every weight, or say what differs; float16 files are upcast"
     own = model.state_dict()
-    state = {k.removeprefix("module."): v for k, v in _read(path).items()}
+    state = {k.removeprefix("module."): v for k, v in read_weights(path).items()}
     state = {k: v for k, v in state.items() if k in own or not k.startswith(_COPIES)}
     odd = sorted(own.keys() ^ state.keys()) + sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape)
     if odd == ["classifier.weight"] and odd[0] in state:
@@ -150,7 +150,7 @@ def load_backbone(model:CamNet, # network to fill
                   path:str|Path # weights of a CamNet with the same backbone and any number of classes
                  ) -> CamNet: # the same network; its classifier is as it was
     "Load all but the classifier"
-    own, state = model.state_dict(), {k.removeprefix("module."): v for k, v in _read(path).items()}
+    own, state = model.state_dict(), {k.removeprefix("module."): v for k, v in read_weights(path).items()}
     kept = {k: state.get(k) for k in own if k.startswith(model.name + ".")}
     odd = [k for k, v in kept.items() if v is None or v.shape != own[k].shape]
     if odd: raise ValueError(f"{path} does not fit {type(model.backbone_net).__name__} in {len(odd)} tensors, e.g. {', '.join(odd[:3])}; it must be a file of the same backbone")

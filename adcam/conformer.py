@@ -573,8 +573,6 @@ def read_weights(path:str|Path # .safetensors, or a file of torch.save
     if not found: raise ValueError(f"{path} holds no state_dict: expected names and tensors, bare or under {', '.join(map(repr, _WRAPPERS[:3]))} or 'ema'")
     return found
 
-_read = read_weights  # its old name
-
 # %% ../nbs/03_conformer.ipynb #0e343f3d
 _MMPRETRAIN = (("backbone.", ""), ("head.conv_cls_head.", "conv_cls_head."), ("head.trans_cls_head.", "trans_cls_head."),
                (".ln1.", ".norm1."), (".ln2.", ".norm2."), (".ffn.layers.0.0.", ".mlp.fc1."), (".ffn.layers.1.", ".mlp.fc2."))
@@ -661,7 +659,7 @@ def load_checkpoint(model:Conformer, # network to fill
                     path:str|Path # .safetensors, or .pth with tensors only; official or mmpretrain names
                    ) -> Conformer: # the same network
     "Load every weight, or raise a ValueError that says what differs and why; float16 files are upcast"
-    state = _official_names(_read(path))
+    state = _official_names(read_weights(path))
     diff = _compare(model, state)
     if any(diff): raise ValueError(_in_words(model, path, state, diff))
     model.load_state_dict({k: state[k] for k in model.state_dict()})
@@ -672,7 +670,7 @@ def load_pretrained(model:Conformer, # network to fill
                     path:str|Path # weights of the same size, with any number of classes
                    ) -> list[str]: # head weights that were not taken over
     "Load everything but heads that do not fit; those keep their start values and are reported"
-    state = _official_names(_read(path))
+    state = _official_names(read_weights(path))
     diff = _compare(model, state)
     body = _Difference(*([k for k in d if not _is_head(k)] for d in diff[:2]), {k: v for k, v in diff.shapes.items() if not _is_head(k)})
     if any(body): raise ValueError(_in_words(model, path, state, body))
