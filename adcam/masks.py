@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
+from .progress import tqdm
 from .branches import VOC_IMAGENET, TwoBranch, group_maps
 from .classifier import whole_image
 from .cost import picture_size

@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
+from .progress import tqdm
 
 from .data import Skipped, image_of, mask_of, read_mask
 from .evaluation import Sweep, confusion, scores, seed_mask
