@@ -1344,7 +1344,7 @@ def _list_papers() -> None:
         typer.echo(f"{name:10} {promise}")
 
 # %% ../nbs/14_cli.ipynb #2dd10602
-@app.command(help="Run a figure or table of the paper: " + ", ".join(_papers() or ["none installed"]) + ". By papermill; unknown parameters are refused.")
+@app.command(help="Run a figure or table of the paper by papermill. There are " + ", ".join(_papers() or ["none installed"]) + ". Unknown parameters are refused.")
 def paper(
     name: Annotated[Optional[str], typer.Argument(help="Which one; see above.", autocompletion=_complete)] = None,
     parameter: Annotated[Optional[list[str]], typer.Option("-p", help="name=value; may be given several times.")] = None,
@@ -1353,6 +1353,7 @@ def paper(
     out: Annotated[Optional[Path], typer.Option(help="Folder for the executed notebook and its results; results/try/NAME-HASH, one per set of parameters, if not given.")] = None,
     list_parameters: Annotated[bool, typer.Option("--list", help="Print the notebook's parameters and stop; without a name, the notebooks.")] = False,
 ) -> None:
+    "Run a figure or table of the paper by papermill; unknown parameters are refused."
     if name is None:
         if not list_parameters:
             raise ValueError(f"name a notebook: {', '.join(_papers())}; `adcam paper --list` says what they are")
@@ -1414,7 +1415,7 @@ def _execute(notebook: Path, target: Path, given: dict) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     (seconds, file), began, cells = _measured(notebook, given, target.parent), time.monotonic(), _Cells()
     if seconds is not None:
-        typer.echo(f"{notebook.stem}: about {_minutes(seconds)}, as in {file}; less where stages are cached", err=True)
+        typer.echo(f"{notebook.stem}: about {_minutes(seconds)}, as in {os.path.relpath(file)}; less where stages are cached", err=True)
     def line():
         spent = time.monotonic() - began
         left = f", about {_minutes(max(seconds - spent, 0))} left" if seconds is not None else ""
