@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from .progress import tqdm
-from .branches import TwoBranch, group_maps
+from .branches import VOC_IMAGENET, TwoBranch, group_maps
 from .classifier import whole_image
 from .cost import picture_size
 from .data import Sample, find_images, folder, has_mask, image_of, label_of, mask_of, open_data, read_image, read_mask
