@@ -1389,12 +1389,11 @@ def _try_folder(notebook: Path, given: dict) -> Path:
 
 def _measured(notebook: Path, given: dict, folder: Path) -> tuple:
     "(seconds, file) of a result that was measured with the same parameters, or (None, None)."
-    values = _values(notebook, given)
+    values, default = _values(notebook, given), _values(notebook, {})
     beside = notebook.parent.parent.parent / "results"
     for file in (folder / f"{notebook.stem}.json", *sorted(beside.glob(f"*/{notebook.stem}.json"))):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             origin = json.loads(file.read_text(encoding="utf-8"))["provenance"]
-            default = _values(notebook, {})
             if all(origin["settings"].get(n, default[n]) == v for n, v in values.items() if n not in ("out_dir", "processes")):
                 return float(origin["seconds"]), file
     return None, None
