@@ -195,6 +195,23 @@ def test_module_imports_no_private_name_of_another(path):
     assert not found
 
 
+@pytest.mark.parametrize("name", ["classifier", "views", "boundaries", "segment"])
+def test_trainings_share_one_loop(name):
+    text = (ROOT / f"adcam/{name}.py").read_text()
+    assert "take_steps(" in text or "train_epochs(" in text
+    assert "optimizer.step()" not in text and "torch.load(" not in text, "steps and run files are those of adcam.training"
+
+
+MOVED = {"adcam.irnet": "IRNet IRNetConfig IRViews train_irnet load_irnet edge_map irn_loss pair_labels random_walk walk_on affinity affinity_matrix path_index mask_edges save_mask files_from_seeds",
+         "adcam.scenes": "CLASSES RENDER_VERSION TEXTURES Sample Instance Scene describe_scene render_scene", "adcam.classifier": "EpochBatches Late save_weights"}
+
+
+@pytest.mark.parametrize("home", MOVED)
+def test_names_that_moved_are_still_in_their_old_home(home):
+    import importlib
+    assert set(MOVED[home].split()) <= set(importlib.import_module(home).__all__)
+
+
 # ---------------------------------------------------------------- README, settings, packaging
 
 def test_readme_is_made_from_the_index():
