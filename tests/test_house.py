@@ -233,6 +233,24 @@ def test_readme_links_exist():
     assert links and not missing
 
 
+def test_readme_of_the_package_index_needs_no_files_beside_it():
+    sys.path.insert(0, str(ROOT / "tools"))
+    try:
+        from dist import absolute, repository
+    finally:
+        sys.path.pop(0)
+    text = absolute((ROOT / "README.md").read_text(), "https://example.org/adcam", "main")
+    links = re.findall(r"\]\(([^)\s]+)", text) + re.findall(r'src="([^"]+)"', text)
+    assert links and all(re.match(r"https?:|#", x) for x in links) and repository()[0].startswith("https://")
+    assert "![" in text and re.search(r"!\[[^\]]*\]\(https://example.org/adcam/raw/main/results/", text)
+    assert absolute("[a](b.md) ![c](d.png) [![e](f.png)](g.md) [h](#i) [j](https://k.l)", "u", "m") == "[a](u/blob/m/b.md) ![c](u/raw/m/d.png) [![e](u/raw/m/f.png)](u/blob/m/g.md) [h](#i) [j](https://k.l)"
+
+
+def test_a_wheel_carries_notebooks_and_configs():
+    files = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["data-files"]
+    assert files == {"share/adcam/nbs/paper": ["nbs/paper/*.ipynb"], "share/adcam/configs": ["configs/*.yaml"]}
+
+
 def test_settings_agree_with_pyproject(settings, project):
     assert settings["lib_name"] == project["name"]
     assert project["requires-python"] == f">={settings['min_python']}"
@@ -304,12 +322,18 @@ def test_make_help_lists_every_target():
     assert set(re.findall(r"^  make ([\w-]+)", listed, re.M)) == set(phony)
 
 
+def test_make_help_says_how_long_a_figure_takes():
+    listed = subprocess.run(["make", "-s", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    silent = [line for line in listed.splitlines() if re.match(r"  make (fig|table|theorem|results|checkpoints|test|bench |photos|coco)", line) and not re.search(r"\(.*(min|minute|h|hours|days|seconds)\b", line)]
+    assert not silent
+
+
 @pytest.mark.parametrize("path", PAPER, ids=name_of)
 def test_make_runs_every_figure_at_full_size(path):
     target = {"fig4": "figure4"}.get(path.stem, path.stem)
     folder = {"photos": "photos", "coco": "coco", "claims": "claims"}.get(path.stem, "mini")
     plan = subprocess.run(["make", "-n", target, "VENV=", "DATA=x"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert "papermill -k python3 " in plan and f"{name_of(path)} results/{folder}/{path.stem}.ipynb -f configs/{path.stem}.yaml" in plan
+    assert re.search(rf"adcam\.cli paper {path.stem} -f configs/{path.stem}\.yaml .*--out results/{folder}$", plan, re.M)
 
 
 def test_checkpoints_are_small_and_installed():
