@@ -180,7 +180,7 @@ def test_modules_import_only_modules_above():
     order["drawing"] = order["scenes"] - .5  # 01b: read after the data set, which is drawn by it
     wrong = []
     for path in EXPORTED:
-        me = order[path.stem]
+        me = order.get(path.stem, len(order))  # the course builds on everything
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.level and node.module:
                 other = node.module.split(".")[-1]  # baselines.recam is 09a_recam
