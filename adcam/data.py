@@ -723,7 +723,7 @@ def coco2014(root:str|Path, # folder with train2014, val2014 and annotations
              strict:bool=True, # the official number of images and the 80 classes must be there
              check:bool=True # every image of the JSON must be there; False leaves missing ones to `usable`
             ) -> COCO2014: # images without an object have an empty label: `labelled` leaves them out
-    "MS COCO 2014: 80 classes, later objects over earlier ones, no crowds (baselines 9)"
+    "MS COCO 2014: 80 classes, later objects over earlier ones, no crowds"
     split, get = split if split.endswith("2014") else f"{split}2014", "`adcam data get coco2014 DIR` fetches it, `adcam data check coco2014 DIR` lists what is missing"
     if split not in COCO_COUNTS: raise ValueError(f"COCO 2014 has no split {split!r}; it has {', '.join(COCO_COUNTS)}")
     if not Path(root).is_dir(): raise FileNotFoundError(f"no folder {root}; expected one with {split} and annotations; {get}")
