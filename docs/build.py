@@ -170,7 +170,9 @@ def api_page(path: Path) -> str:
     module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
     names = next(ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__")
     defined = {n.name: n for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
-    values = {ast.unparse(t): n for n in tree.body if isinstance(n, (ast.Assign, ast.AnnAssign)) for t in (n.targets if isinstance(n, ast.Assign) else [n.target])}
+    values = {e.id: n for n in tree.body if isinstance(n, (ast.Assign, ast.AnnAssign)) for t in (n.targets if isinstance(n, ast.Assign) else [n.target])
+              for e in ast.walk(t) if isinstance(e, ast.Name)}
+    elsewhere = {a.asname or a.name: n for n in tree.body if isinstance(n, ast.ImportFrom) and n.level for a in n.names}
     home = re.search(r"File to edit: [./]*(nbs/\S+\.ipynb)", source)[1]
     lines = [f"# adcam.{module.removeprefix('adcam.')}", f"> {prose(tree)}", f"Explained in [{Path(home).stem}](../{home}).", f"```{{py:module}} {module}\n```"]
     for name in names:
@@ -179,6 +181,10 @@ def api_page(path: Path) -> str:
             text = ast.unparse(values[name].value)
             text = json.dumps(text if len(text) <= 90 else f"{text[:87]} …", ensure_ascii=False)
             lines.append(f"::::::{{py:data}} {name}\n:value: {text}\n\n{escaped(notes.get(values[name].end_lineno, ''))}\n::::::\n")
+        else:
+            n = elsewhere[name]
+            source = ".".join([*module.split(".")[:-n.level], n.module])
+            lines.append(f"`{name}`: from [{source}]({source}.md)")
     return "\n\n".join(lines) + "\n"
 
 
