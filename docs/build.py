@@ -143,20 +143,26 @@ def prose(node) -> str:
 def escaped(text: str) -> str: return re.sub(r"([*_<>\[\]{}$\\|])", r"\\\1", text)
 
 
-def described(node, name: str, notes: Comments, depth: int = 0) -> str:
-    "One function or class as a Sphinx directive"
+def added_to(node) -> str:
+    "The class to which `@patch` adds a function, or nothing"
+    marks = {ast.unparse(d).partition("(")[0] for d in getattr(node, "decorator_list", ())}
+    return ast.unparse(node.args.args[0].annotation) if "patch" in marks and isinstance(node, ast.FunctionDef) else ""
+
+
+def described(node, name: str, notes: Comments, depth: int = 0, added: list = ()) -> str:
+    "One function or class as a Sphinx directive; `added`: functions that later cells add to classes"
     fence, method = ":" * (6 - depth), depth > 0
     if isinstance(node, ast.ClassDef):
         inner = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
         fields = [n for n in node.body if isinstance(n, ast.AnnAssign)]
         head = signature(inner, True) if inner else signature(ast.parse(f"def f({', '.join(map(ast.unparse, fields))}): pass").body[0], False) if fields else ""
         known, _ = docments(inner, notes) if inner else ({n.target.id: notes[n.end_lineno] for n in fields if n.end_lineno in notes}, "")
-        members = [n for n in node.body if isinstance(n, ast.FunctionDef) and not n.name.startswith("_")]
+        members = [n for n in [*node.body, *(f for f in added if added_to(f) == name)] if isinstance(n, ast.FunctionDef) and not n.name.startswith("_")]
         kind, out = "class", ""
     else:
         kind, head, (known, out), members = ("method" if method else "function"), signature(node, method), docments(node, notes), []
         decorators = {ast.unparse(d) for d in node.decorator_list}
-        if method and decorators & {"property", "cached_property", "functools.cached_property"}: kind, head = "property", ""
+        if method and decorators & {"property", "cached_property", "functools.cached_property", "patch(as_prop=True)"}: kind, head = "property", ""
     lines = [f"{fence}{{py:{kind}}} {name}{head}", "", prose(node), ""]
     lines += [f":param {p}: {escaped(text)}" for p, text in known.items()] + ([f":returns: {escaped(out)}"] if out else []) + [""]
     lines += [described(m, m.name, notes, depth + 1) for m in members]
@@ -169,14 +175,14 @@ def api_page(path: Path) -> str:
     tree, notes = ast.parse(source), Comments(source)
     module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
     names = next(ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__")
-    defined = {n.name: n for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    defined = {n.name: n for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not added_to(n)}
     values = {e.id: n for n in tree.body if isinstance(n, (ast.Assign, ast.AnnAssign)) for t in (n.targets if isinstance(n, ast.Assign) else [n.target])
               for e in ast.walk(t) if isinstance(e, ast.Name)}
     elsewhere = {a.asname or a.name: n for n in tree.body if isinstance(n, ast.ImportFrom) and n.level for a in n.names}
     home = re.search(r"File to edit: [./]*(nbs/\S+\.ipynb)", source)[1]
     lines = [f"# adcam.{module.removeprefix('adcam.')}", f"> {prose(tree)}", f"Explained in [{Path(home).stem}](../{home}).", f"```{{py:module}} {module}\n```"]
     for name in names:
-        if name in defined: lines.append(described(defined[name], name, notes))
+        if name in defined: lines.append(described(defined[name], name, notes, added=[n for n in tree.body if added_to(n)]))
         elif name in values:
             text = ast.unparse(values[name].value)
             text = json.dumps(text if len(text) <= 90 else f"{text[:87]} …", ensure_ascii=False)
