@@ -207,7 +207,7 @@ def test_binder_installs_the_checkout_in_the_tested_versions():
 
 def test_notebooks_need_no_tool_of_development():
     names = {Requirement(r).name for r in EXTRAS["notebooks"]}
-    assert names <= {Requirement(r).name for r in EXTRAS["dev"]} and not names & {"nbdev", "pytest", "jupyterlab", "playwright"}
+    assert names and names <= {Requirement(r).name for r in EXTRAS["dev"]} and not names & {"nbdev", "pytest", "jupyterlab", "playwright"}
 
 
 def test_every_import_of_a_notebook_is_installed_in_binder():
