@@ -449,26 +449,26 @@ class RunResult(NamedTuple):
     total: int = 0   # images that were to be worked on
 
 # %% ../nbs/13b_run.ipynb #b3f1c004
-def _by_irn(log: _Log, counted: Callable, p: Profile, ds: Any, out: Path, resnet: Any, seed: int, workers: int, progress: bool, device: str, precision: str) -> tuple[Any, str]:
+def _by_irn(log: _Log, counted: Callable, p: Profile, ds: Any, out: Path, resnet: Any, seed: int, workers: int, progress: bool, device: str, precision: str, force: bool = False) -> tuple[Any, str]:
     "IR labels, IRNet, random walk; the images that have a mask, and how it was cut in words"
     n, place = len(ds), pick_device(device)
     ds = log.rest(ds, log.stage("IR labels", n, lambda: counted(make_ir_labels, ds, out / "seeds", out / "ir_labels", fg=p.label_fg, bg=p.label_bg, device=place)))
     irnet = log.stage("IRNet", n, lambda: irnet_stage(p, ds, out, resnet, seed, workers, progress, device, precision))
     walk = dict(power=p.walk_cam_power, background=p.walk_background, radius=p.walk_radius, beta=p.walk_beta, exp_times=p.walk_exp_times)
-    masks = lambda: counted(make_pseudo_masks, ds, out / "seeds", irnet.to(place), out / "pseudo_masks", precision=precision, **walk)
+    masks = lambda: counted(make_pseudo_masks, ds, out / "seeds", irnet.to(place), out / "pseudo_masks", precision=precision, force=force, **walk)
     return log.rest(ds, log.stage("pseudo masks", n, masks)), f"background {p.walk_background}"
 
-def _by_psa(log: _Log, counted: Callable, p: Profile, ds: Any, out: Path, resnet: Any, seed: int, workers: int, progress: bool, device: str, precision: str) -> tuple[Any, str]:
+def _by_psa(log: _Log, counted: Callable, p: Profile, ds: Any, out: Path, resnet: Any, seed: int, workers: int, progress: bool, device: str, precision: str, force: bool = False) -> tuple[Any, str]:
     "Scores of two CRFs, AffinityNet, its walk"
     n, walk = len(ds), PSA_SETTINGS["scenes" if p.dataset == "scenes" else "psa"]
     ds = log.rest(ds, log.stage("PSA scores", n, lambda: counted(make_affinity_scores, ds, out / "seeds", out / "psa_scores")))
     net = log.stage("AffinityNet", n, lambda: affinity_stage(p, ds, out, resnet, seed, workers, progress, device))
-    masks = lambda: counted(make_affinity_masks, ds, out / "seeds", net.to(pick_device(device)), out / "pseudo_masks", **walk)
+    masks = lambda: counted(make_affinity_masks, ds, out / "seeds", net.to(pick_device(device)), out / "pseudo_masks", force=force, **walk)
     return log.rest(ds, log.stage("pseudo masks", n, masks)), f"PSA, share {walk['threshold']}"
 
-def _by_threshold(log: _Log, counted: Callable, p: Profile, ds: Any, out: Path, *_) -> tuple[Any, str]:
+def _by_threshold(log: _Log, counted: Callable, p: Profile, ds: Any, out: Path, *_, force: bool = False) -> tuple[Any, str]:
     "No walk: whatever is above the background score"
-    masks = lambda: counted(make_pseudo_masks, ds, out / "seeds", None, out / "pseudo_masks", power=p.walk_cam_power, background=p.walk_background)
+    masks = lambda: counted(make_pseudo_masks, ds, out / "seeds", None, out / "pseudo_masks", power=p.walk_cam_power, background=p.walk_background, force=force)
     return log.rest(ds, log.stage("pseudo masks", len(ds), masks)), f"no walk, background {p.walk_background}"
 
 REFINERS = dict(irn=_by_irn, psa=_by_psa, none=_by_threshold)
@@ -599,6 +599,7 @@ def run(
     progress: bool = True,             # show bars
     device: str = "auto",              # where networks, walks and CRFs run: auto, cpu, cuda or cuda:N
     precision: str = "fp32",           # of the networks: fp32, tf32 or bf16
+    force: bool = False,               # replace masks that were made with other settings; seeds and trainings are never replaced
     budget: str = "off",               # "tell" what it will cost, "check" also refuses what the memory will not hold, "only" does no more than tell
     lower: str = "--set scales, --set crop or --processes", # what to lower then
 ) -> RunResult:
@@ -620,10 +621,10 @@ def run(
     ds = log.rest(ds, log.stage("seeds", n, lambda: seed_stage(p, net, ds, out, method, processes, progress, device, precision))["skipped"])
     for row in score_seeds(shown(), out / "seeds", p.thresholds) if shown() else (): log.score("seed scores", f"threshold {row['t']:.2f}, {row['rule']}, no CRF", row)
     counted = lambda f, *a, **k: (lambda c: (c["skipped"], f"{c['computed']} computed, {c['cached']} were there"))(f(*a, processes=processes, progress=progress, **k))
-    ds, how = REFINERS[refine](log, counted, p, ds, out, backbone, seed, workers, progress, device, precision)
+    ds, how = REFINERS[refine](log, counted, p, ds, out, backbone, seed, workers, progress, device, precision, force=force)
     if shown() and (row := score_masks(shown(), out / "pseudo_masks")): log.score("mask scores", f"{how}, no CRF", row)
     if crf:
-        ds = log.rest(ds, log.stage("CRF", len(ds), lambda: counted(smooth_masks, ds, out, device=place)))
+        ds = log.rest(ds, log.stage("CRF", len(ds), lambda: counted(smooth_masks, ds, out, device=place, force=force)))
         if shown() and (row := score_masks(shown(), out / "crf_masks")): log.score("mask scores", f"{how}, with CRF", row)
     if segment: _segment(log, p, data, ds, out, limit, (init or cnn_weights) if is_pair(p) else init, seed, processes, progress, device, precision)
     origin = provenance(seeds=[seed], settings=asdict(p) | dict(method=method, refine=refine, crf=crf, heads=heads, data=Path(data).name if isinstance(data, (str, Path)) else getattr(data, "name", type(data).__name__), limit=limit, **numerics(place, precision)), data=dict(train=ds.fingerprint()), seconds=time.perf_counter() - start,
