@@ -19,6 +19,7 @@ from typing import Any
 from accelerate import Accelerator
 from PIL import Image
 from timm.models.resnet import Bottleneck, ResNet
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from .progress import tqdm
@@ -164,30 +165,8 @@ class _MeanShift(nn.Module):
 
     def forward(self, x): return x if self.training else x - self.running_mean[:, None, None]
 
-# %% ../nbs/10c_boundaries.ipynb #b782391c
-class _Heads(nn.Module):
-    "The two heads on five maps; `IRNet` adds the backbone"
-    def _build(self, c, s, edge_width, w):
-        for i in range(5): self.add_module(f"fc_edge{i+1}", _branch(c[i], edge_width, s[i]//4))
-        self.fc_edge6 = nn.Conv2d(5*edge_width, 1, 1)
-        if not self.displacement: return
-        for i in range(5): self.add_module(f"fc_dp{i+1}", _branch(c[i], w[i], s[i]//s[2] if i > 2 else 1))
-        self.fc_dp6 = _branch(sum(w[2:]), w[4], s[2]//4)
-        self.fc_dp7 = nn.Sequential(*_branch(w[0] + w[1] + w[4], w[4]), nn.Conv2d(w[4], 2, 1, bias=False))
-        self.mean_shift = _MeanShift(2)
-
-    def _edge(self, maps, size):
-        parts = [_fit(getattr(self, f"fc_edge{i+1}")(m), size) for i, m in enumerate(maps)]    # five (B,32,h,w)
-        return self.fc_edge6(torch.cat(parts, 1))                                              # (B,1,h,w)
-
-    def _shift(self, maps, size):
-        d = [getattr(self, f"fc_dp{i+1}")(m) for i, m in enumerate(maps)]
-        deep = torch.cat([_fit(m, d[2].shape[-2:]) for m in d[2:]], 1)                         # (B,768,h3,w3)
-        near = [_fit(m, size) for m in (d[0], d[1], self.fc_dp6(deep))]                        # (B,64|128|256,h,w)
-        return self.mean_shift(self.fc_dp7(torch.cat(near, 1)))                                # (B,2,h,w)
-
 # %% ../nbs/10c_boundaries.ipynb #a6c49252
-class IRNet(_Heads):
+class IRNet(nn.Module):
     "Edge and displacement heads on five maps of a frozen backbone (IRN, Ahn et al. 2019)"
     def __init__(self,
                  backbone: nn.Module|None = None,  # five maps, `channels`, `strides`; None is ResNet-50 with the keys of official checkpoints
@@ -223,6 +202,29 @@ class IRNet(_Heads):
         with torch.no_grad(): maps = self.stages(x)
         size = tuple((n + 3)//4 for n in x.shape[2:])
         return self._edge(maps, size), self._shift(maps, size) if self.displacement else None
+
+# %% ../nbs/10c_boundaries.ipynb #b782391c
+@patch
+def _build(self:IRNet, c, s, edge_width, w):
+    for i in range(5): self.add_module(f"fc_edge{i+1}", _branch(c[i], edge_width, s[i]//4))
+    self.fc_edge6 = nn.Conv2d(5*edge_width, 1, 1)
+    if not self.displacement: return
+    for i in range(5): self.add_module(f"fc_dp{i+1}", _branch(c[i], w[i], s[i]//s[2] if i > 2 else 1))
+    self.fc_dp6 = _branch(sum(w[2:]), w[4], s[2]//4)
+    self.fc_dp7 = nn.Sequential(*_branch(w[0] + w[1] + w[4], w[4]), nn.Conv2d(w[4], 2, 1, bias=False))
+    self.mean_shift = _MeanShift(2)
+
+@patch
+def _edge(self:IRNet, maps, size):
+    parts = [_fit(getattr(self, f"fc_edge{i+1}")(m), size) for i, m in enumerate(maps)]    # five (B,32,h,w)
+    return self.fc_edge6(torch.cat(parts, 1))                                              # (B,1,h,w)
+
+@patch
+def _shift(self:IRNet, maps, size):
+    d = [getattr(self, f"fc_dp{i+1}")(m) for i, m in enumerate(maps)]
+    deep = torch.cat([_fit(m, d[2].shape[-2:]) for m in d[2:]], 1)                         # (B,768,h3,w3)
+    near = [_fit(m, size) for m in (d[0], d[1], self.fc_dp6(deep))]                        # (B,64|128|256,h,w)
+    return self.mean_shift(self.fc_dp7(torch.cat(near, 1)))                                # (B,2,h,w)
 
 # %% ../nbs/10c_boundaries.ipynb #6cd628dd
 def pair_labels(

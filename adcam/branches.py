@@ -11,6 +11,7 @@ import difflib, hashlib, threading
 from pathlib import Path
 import requests, timm, torch, torch.nn.functional as F
 from timm.layers import DropPath
+from fastcore.basics import patch
 from torch import nn, Tensor
 from torch.overrides import TorchFunctionMode
 from .cam import blocks_of
@@ -308,128 +309,11 @@ def _to_grid(cam, grid):
     shrink = cam.shape[2] > grid[0] or cam.shape[3] > grid[1]
     return F.interpolate(cam, tuple(grid), mode="bilinear", align_corners=False, antialias=shrink)
 
-# %% ../nbs/06_branches.ipynb #b1fcea30
-class _Inputs(nn.Module):
-    "Sizes and normalization"
-    def grid(self,
-             size:tuple[int,int] # height and width of an image in pixels
-            ) -> tuple[int,int]: # rows and columns of the token grid
-        "Tokens of an image; a size that does not fit raises a ValueError that says what would"
-        s, fixed = self.stride, None if getattr(self.vit, "dynamic_img_size", False) else tuple(self.vit.patch_embed.img_size)
-        if fixed and tuple(size) != fixed: raise ValueError(f"this ViT's positions are built for {fixed[0]}x{fixed[1]} pixels, the image has {size[0]}x{size[1]}: pass img_size={tuple(size)} to TwoBranch, or resize the image")
-        for name, n in zip(("height", "width"), size):
-            if n < s or n % s: raise ValueError(f"{name} {n} does not fit: the ViT's patches have {s} pixels, so height and width must be multiples of {s} (nearest: {max(s, round(n/s)*s)})")
-        return size[0]//s, size[1]//s
-
-    def _inputs(self, x):
-        "The batch as each network wants it"
-        if x.ndim != 4 or x.shape[1] != 3: raise ValueError(f"expected images (B,3,H,W), got shape {tuple(x.shape)}; a single image needs x[None]")
-        if not x.is_floating_point(): raise ValueError(f"expected normalized float images, got {x.dtype}; use adcam.data.to_tensor")
-        self.grid(x.shape[2:])
-        a, b = self.cnn_norm.to(x.dtype), self.vit_norm.to(x.dtype)          # (2,3,1,1) scale and shift
-        return x*a[0] + a[1], x*b[0] + b[1]
-
-# %% ../nbs/06_branches.ipynb #f4665493
-class _Reading(_Inputs):
-    "Features, logits and maps"
-    def _conv(self, x): return _normed(self.cnn.forward_features(_sized(x, self.sides)), _head_norm(self.cnn))  # (B,C,h',w')
-
-    def features(self,
-                 x:Tensor # (B,3,H,W) images, ImageNet-normalized
-                ) -> tuple[Tensor,Tensor]: # conv map (B,C,h',w') and the ViT's pooled vector (B,1,D)
-        "What the two heads see"
-        xc, xv = self._inputs(x)
-        return self._conv(xc), pooled_tokens(self.vit, self.vit.forward_features(xv))[:, None]
-
-    def heads(self,
-              conv:Tensor, # (B,C,h',w')
-              tokens:Tensor # (B,>=1,D); the first is read
-             ) -> tuple[Tensor,Tensor|None]: # conv_logits (B,K) and trans_logits (B,K), None if the ViT has no head
-        "Eq. 4 and Eq. 5"
-        return self.conv_cls_head(conv.mean((2, 3))), None if self.trans_cls_head is None else self.trans_cls_head(tokens[:, 0])
-
-    def forward(self, x:Tensor) -> tuple[Tensor,Tensor|None]:
-        "Logits of the two branches, (B,K) each"
-        return self.heads(*self.features(x))
-
-# %% ../nbs/06_branches.ipynb #99126a52
-class _Mapping(_Reading):
-    "The maps"
-    def maps(self,
-             x:Tensor, # (B,3,H,W) images, ImageNet-normalized; H and W multiples of `stride`
-             *,
-             reduce:str|None=None, # "mean": attn is the mean over `layers`, (B,1,1+N,1+N); memory does not grow with their number
-             layers=None # blocks to read: None = all, a number n = the last n, or a list of indices
-            ) -> Maps: # cam (B,K,h,w) on the token grid, attn (B,L,1+N,1+N), conv_logits, trans_logits
-        "Everything a CAM method needs; under `torch.no_grad()` unless gradients are wanted"
-        xc, xv = self._inputs(x)
-        conv = self._conv(xc)                                                # (B,C,h',w')
-        cam = F.conv2d(conv, self.conv_cls_head.weight[:, :, None, None])    # (B,K,h',w') no bias, no ReLU
-        tokens, attn = read_attention(self.vit, xv, layers, reduce)          # (B,P+N,D), (B,L,1+N,1+N)
-        return Maps(_to_grid(cam, self.grid(x.shape[2:])), attn, *self.heads(conv, pooled_tokens(self.vit, tokens)[:, None]))
-
-# %% ../nbs/06_branches.ipynb #5a000d20
-class _OneBranch(_Mapping):
-    "Each network alone"
-    def class_maps(self,
-                   x:Tensor # (B,3,H,W) images, ImageNet-normalized
-                  ) -> tuple[Tensor,Tensor]: # cam (B,K,h,w) on the token grid, conv_logits (B,K); as in `maps`
-        "The CNN's part of `maps`; the transformer is not run"
-        conv = self._conv(self._inputs(x)[0])                                # (B,C,h',w')
-        cam = F.conv2d(conv, self.conv_cls_head.weight[:, :, None, None])    # (B,K,h',w')
-        return _to_grid(cam, self.grid(x.shape[2:])), self.conv_cls_head(conv.mean((2, 3)))
-
-    def branch_logits(self,
-                      x:Tensor, # (B,3,H,W) images, ImageNet-normalized
-                      branch:str # "cnn" or "vit"
-                     ) -> Tensor: # (B,K)
-        "Eq. 4 or Eq. 5 alone"
-        xc, xv = self._inputs(x)
-        if branch == "cnn": return self.conv_cls_head(self._conv(xc).mean((2, 3)))
-        if branch != "vit": raise ValueError(f"branch is {branch!r}; choose 'cnn' or 'vit'")
-        if self.trans_cls_head is None: raise ValueError(f"{self.names[1]} has no classifier; build the pair with num_classes to get a new one")
-        return self.trans_cls_head(pooled_tokens(self.vit, self.vit.forward_features(xv)))
-
-# %% ../nbs/06_branches.ipynb #19348f89
-class _Settings(_OneBranch):
-    "What training asks for"
+# %% ../nbs/06_branches.ipynb #51e2b833
+class TwoBranch(nn.Module):
+    "A CNN and a ViT of timm side by side; `forward`, `maps` and the heads are those of the Conformer"
     stop_grad = "input"  # as in the Conformer; here by construction: the branches share nothing
 
-    def param_groups(self) -> dict[str,list[str]]: # parameter names of the groups "vit" and "cnn"
-        "Split all parameters by the branch that they belong to"
-        names = [n for n, _ in self.named_parameters()]
-        vit = [n for n in names if n.startswith(("vit.", "trans_cls_head."))]
-        return dict(vit=vit, cnn=[n for n in names if n not in set(vit)])
-
-    def set_drop_path(self,
-                      rate:float # probability in the last block, 0 <= rate < 1
-                     ):
-        "Drop-path rates of the ViT rise linearly from 0 to `rate`"
-        if not 0 <= rate < 1: raise ValueError(f"drop_path is {rate}; it must be at least 0 and below 1")
-        for i, block in enumerate(self.vit.blocks):
-            for name in ("drop_path", "drop_path1", "drop_path2"):
-                if hasattr(block, name): setattr(block, name, DropPath(rate*i/max(1, len(self.vit.blocks) - 1)))
-
-# %% ../nbs/06_branches.ipynb #c4937021
-class _Heads(_Settings):
-    "Construction of the heads"
-    def _set_heads(self, K, name):
-        "The networks' own heads moved out of them, or new ones"
-        own = _own_head(self.cnn, name) if K is None else None
-        trans = _own_vit_head(self.vit) if K is None else None
-        with torch.no_grad(): D = pooled_tokens(self.vit, torch.zeros(1, self.vit.num_prefix_tokens + 4, self.vit.num_features)).shape[1]
-        self.num_classes = own.out_features if K is None else K
-        self.conv_cls_head = own or nn.Linear(self.cnn.num_features, K, bias=False)  # CAM heads have no bias
-        if _head_norm(self.cnn) is not None: _head_norm(self.cnn).bias.requires_grad_(False)  # folded into the head, or left to it
-        self.trans_cls_head = (trans if trans is None or trans.out_features == self.num_classes else None) if K is None else nn.Linear(D, K)
-        for net in (self.cnn, self.vit): net.reset_classifier(0)
-        if K is not None:
-            for layer in (self.conv_cls_head, self.trans_cls_head): nn.init.trunc_normal_(layer.weight, std=.02)
-            nn.init.zeros_(self.trans_cls_head.bias)
-
-# %% ../nbs/06_branches.ipynb #51e2b833
-class TwoBranch(_Heads):
-    "A CNN and a ViT of timm side by side; `forward`, `maps` and the heads are those of the Conformer"
     def __init__(self,
                  cnn:str="resnet50", # timm name of a CNN, for the class maps
                  vit:str="deit_small_patch16_224", # timm name of a ViT, for the attention
@@ -454,6 +338,123 @@ class TwoBranch(_Heads):
         self._set_heads(num_classes, cnn)
         if checkpoint is not None: _load(self, checkpoint)
         self.train()
+
+# %% ../nbs/06_branches.ipynb #b1fcea30
+@patch
+def grid(self:TwoBranch,
+         size:tuple[int,int] # height and width of an image in pixels
+        ) -> tuple[int,int]: # rows and columns of the token grid
+    "Tokens of an image; a size that does not fit raises a ValueError that says what would"
+    s, fixed = self.stride, None if getattr(self.vit, "dynamic_img_size", False) else tuple(self.vit.patch_embed.img_size)
+    if fixed and tuple(size) != fixed: raise ValueError(f"this ViT's positions are built for {fixed[0]}x{fixed[1]} pixels, the image has {size[0]}x{size[1]}: pass img_size={tuple(size)} to TwoBranch, or resize the image")
+    for name, n in zip(("height", "width"), size):
+        if n < s or n % s: raise ValueError(f"{name} {n} does not fit: the ViT's patches have {s} pixels, so height and width must be multiples of {s} (nearest: {max(s, round(n/s)*s)})")
+    return size[0]//s, size[1]//s
+
+@patch
+def _inputs(self:TwoBranch, x):
+    "The batch as each network wants it"
+    if x.ndim != 4 or x.shape[1] != 3: raise ValueError(f"expected images (B,3,H,W), got shape {tuple(x.shape)}; a single image needs x[None]")
+    if not x.is_floating_point(): raise ValueError(f"expected normalized float images, got {x.dtype}; use adcam.data.to_tensor")
+    self.grid(x.shape[2:])
+    a, b = self.cnn_norm.to(x.dtype), self.vit_norm.to(x.dtype)          # (2,3,1,1) scale and shift
+    return x*a[0] + a[1], x*b[0] + b[1]
+
+# %% ../nbs/06_branches.ipynb #f4665493
+@patch
+def _conv(self:TwoBranch, x): return _normed(self.cnn.forward_features(_sized(x, self.sides)), _head_norm(self.cnn))  # (B,C,h',w')
+
+@patch
+def features(self:TwoBranch,
+             x:Tensor # (B,3,H,W) images, ImageNet-normalized
+            ) -> tuple[Tensor,Tensor]: # conv map (B,C,h',w') and the ViT's pooled vector (B,1,D)
+    "What the two heads see"
+    xc, xv = self._inputs(x)
+    return self._conv(xc), pooled_tokens(self.vit, self.vit.forward_features(xv))[:, None]
+
+@patch
+def heads(self:TwoBranch,
+          conv:Tensor, # (B,C,h',w')
+          tokens:Tensor # (B,>=1,D); the first is read
+         ) -> tuple[Tensor,Tensor|None]: # conv_logits (B,K) and trans_logits (B,K), None if the ViT has no head
+    "Eq. 4 and Eq. 5"
+    return self.conv_cls_head(conv.mean((2, 3))), None if self.trans_cls_head is None else self.trans_cls_head(tokens[:, 0])
+
+@patch
+def forward(self:TwoBranch, x:Tensor) -> tuple[Tensor,Tensor|None]:
+    "Logits of the two branches, (B,K) each"
+    return self.heads(*self.features(x))
+
+# %% ../nbs/06_branches.ipynb #99126a52
+@patch
+def maps(self:TwoBranch,
+         x:Tensor, # (B,3,H,W) images, ImageNet-normalized; H and W multiples of `stride`
+         *,
+         reduce:str|None=None, # "mean": attn is the mean over `layers`, (B,1,1+N,1+N); memory does not grow with their number
+         layers=None # blocks to read: None = all, a number n = the last n, or a list of indices
+        ) -> Maps: # cam (B,K,h,w) on the token grid, attn (B,L,1+N,1+N), conv_logits, trans_logits
+    "Everything a CAM method needs; under `torch.no_grad()` unless gradients are wanted"
+    xc, xv = self._inputs(x)
+    conv = self._conv(xc)                                                # (B,C,h',w')
+    cam = F.conv2d(conv, self.conv_cls_head.weight[:, :, None, None])    # (B,K,h',w') no bias, no ReLU
+    tokens, attn = read_attention(self.vit, xv, layers, reduce)          # (B,P+N,D), (B,L,1+N,1+N)
+    return Maps(_to_grid(cam, self.grid(x.shape[2:])), attn, *self.heads(conv, pooled_tokens(self.vit, tokens)[:, None]))
+
+# %% ../nbs/06_branches.ipynb #5a000d20
+@patch
+def class_maps(self:TwoBranch,
+               x:Tensor # (B,3,H,W) images, ImageNet-normalized
+              ) -> tuple[Tensor,Tensor]: # cam (B,K,h,w) on the token grid, conv_logits (B,K); as in `maps`
+    "The CNN's part of `maps`; the transformer is not run"
+    conv = self._conv(self._inputs(x)[0])                                # (B,C,h',w')
+    cam = F.conv2d(conv, self.conv_cls_head.weight[:, :, None, None])    # (B,K,h',w')
+    return _to_grid(cam, self.grid(x.shape[2:])), self.conv_cls_head(conv.mean((2, 3)))
+
+@patch
+def branch_logits(self:TwoBranch,
+                  x:Tensor, # (B,3,H,W) images, ImageNet-normalized
+                  branch:str # "cnn" or "vit"
+                 ) -> Tensor: # (B,K)
+    "Eq. 4 or Eq. 5 alone"
+    xc, xv = self._inputs(x)
+    if branch == "cnn": return self.conv_cls_head(self._conv(xc).mean((2, 3)))
+    if branch != "vit": raise ValueError(f"branch is {branch!r}; choose 'cnn' or 'vit'")
+    if self.trans_cls_head is None: raise ValueError(f"{self.names[1]} has no classifier; build the pair with num_classes to get a new one")
+    return self.trans_cls_head(pooled_tokens(self.vit, self.vit.forward_features(xv)))
+
+# %% ../nbs/06_branches.ipynb #19348f89
+@patch
+def param_groups(self:TwoBranch) -> dict[str,list[str]]: # parameter names of the groups "vit" and "cnn"
+    "Split all parameters by the branch that they belong to"
+    names = [n for n, _ in self.named_parameters()]
+    vit = [n for n in names if n.startswith(("vit.", "trans_cls_head."))]
+    return dict(vit=vit, cnn=[n for n in names if n not in set(vit)])
+
+@patch
+def set_drop_path(self:TwoBranch,
+                  rate:float # probability in the last block, 0 <= rate < 1
+                 ):
+    "Drop-path rates of the ViT rise linearly from 0 to `rate`"
+    if not 0 <= rate < 1: raise ValueError(f"drop_path is {rate}; it must be at least 0 and below 1")
+    for i, block in enumerate(self.vit.blocks):
+        for name in ("drop_path", "drop_path1", "drop_path2"):
+            if hasattr(block, name): setattr(block, name, DropPath(rate*i/max(1, len(self.vit.blocks) - 1)))
+
+# %% ../nbs/06_branches.ipynb #c4937021
+@patch
+def _set_heads(self:TwoBranch, K, name):
+    "The networks' own heads moved out of them, or new ones"
+    own = _own_head(self.cnn, name) if K is None else None
+    trans = _own_vit_head(self.vit) if K is None else None
+    with torch.no_grad(): D = pooled_tokens(self.vit, torch.zeros(1, self.vit.num_prefix_tokens + 4, self.vit.num_features)).shape[1]
+    self.num_classes = own.out_features if K is None else K
+    self.conv_cls_head = own or nn.Linear(self.cnn.num_features, K, bias=False)  # CAM heads have no bias
+    if _head_norm(self.cnn) is not None: _head_norm(self.cnn).bias.requires_grad_(False)  # folded into the head, or left to it
+    self.trans_cls_head = (trans if trans is None or trans.out_features == self.num_classes else None) if K is None else nn.Linear(D, K)
+    for net in (self.cnn, self.vit): net.reset_classifier(0)
+    if K is not None:
+        for layer in (self.conv_cls_head, self.trans_cls_head): nn.init.trunc_normal_(layer.weight, std=.02)
+        nn.init.zeros_(self.trans_cls_head.bias)
 
 # %% ../nbs/06_branches.ipynb #f81fc916
 def _load(model, path):

@@ -7,10 +7,11 @@ __all__ = ['app', 'Data', 'Split', 'Images', 'Device', 'Precision', 'data_app', 
            'Weights', 'CnnWeights', 'VitWeights', 'TrainingSeed', 'Coupled', 'OnlyEstimate', 'Anyway', 'irnet_app',
            'Recipe', 'AllCores', 'SmallBackbone', 'Pair', 'segment_app', 'SegNet', 'SegProfile', 'Backbone', 'Pictures',
            'Overlay', 'ClassesWanted', 'BothNames', 'Trained', 'ClassNames', 'Layers', 'Threshold', 'MaskFolder',
-           'MapFolder', 'main', 'version', 'scenes', 'Kind', 'check', 'get', 'convert', 'weights', 'profile', 'seeds',
-           'seeds_check', 'seeds_merge', 'evaluate', 'show', 'train', 'train_heads', 'train_cam_command',
-           'train_recam_command', 'irnet_labels', 'irnet_train', 'irnet_masks', 'crf', 'segment_train',
-           'segment_predict', 'whole_run', 'own_masks', 'explain', 'checkpoints', 'paper', 'bench']
+           'MapFolder', 'main', 'version', 'scenes', 'Kind', 'Published', 'check', 'get', 'convert', 'weights',
+           'profile', 'seeds', 'seeds_check', 'seeds_merge', 'evaluate', 'show', 'Form', 'export_command',
+           'import_command', 'train', 'train_heads', 'train_cam_command', 'train_recam_command', 'irnet_labels',
+           'irnet_train', 'irnet_masks', 'crf', 'segment_train', 'segment_predict', 'whole_run', 'own_masks', 'explain',
+           'checkpoints', 'paper', 'bench']
 
 # %% ../nbs/14_cli.ipynb #e9194bbd
 import contextlib
@@ -33,8 +34,8 @@ class _Commands(typer.core.TyperGroup):
             typer.echo("adcam: stopped. Finished files are kept; the same command continues", err=True)
             raise SystemExit(130) from None
 
-app = typer.Typer(name="adcam", cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
-                  epilog="Every command has its own --help. Errors in the input end with exit code 2 and one line that says what to do.")
+app = typer.Typer(name="adcam", cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+                  epilog="Every command has its own --help; `adcam --install-completion` teaches the shell their names. Errors in the input end with exit code 2 and one line that says what to do.")
 
 @app.callback()
 def _adcam() -> None:
@@ -131,6 +132,11 @@ class Kind(str, Enum):
     coco2014 = "coco2014"
     folder = "folder"
 
+class Published(str, Enum):
+    "Those that can be fetched and converted."
+    voc2012 = "voc2012"
+    coco2014 = "coco2014"
+
 AnySize = Annotated[bool, typer.Option("--any-size", help="Do not insist on the published counts; for a small tree.")]
 Processes = Annotated[int, typer.Option(min=1, help="Worker processes.")]
 Where = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the data set.")]
@@ -161,7 +167,7 @@ def check(
 # %% ../nbs/14_cli.ipynb #1e562936
 @data_app.command()
 def get(
-    kind: Annotated[Kind, typer.Argument(help="voc2012 or coco2014.")], where: Where,
+    kind: Annotated[Published, typer.Argument(help="voc2012 or coco2014.")], where: Where,
     local: Annotated[Optional[list[Path]], typer.Option(help="An archive that you have, under its own name; may be given several times.")] = None,
     test: Annotated[bool, typer.Option("--test", help="VOC: also the photographs of the test list.")] = False,
     any_size: AnySize = False, processes: Processes = 1,
@@ -173,7 +179,7 @@ def get(
 # %% ../nbs/14_cli.ipynb #fff1dbd0
 @data_app.command()
 def convert(
-    kind: Annotated[Kind, typer.Argument(help="voc2012 (SBD to masks, train_aug) or coco2014 (JSON to masks).")], where: Where,
+    kind: Annotated[Published, typer.Argument(help="voc2012 (SBD to masks, train_aug) or coco2014 (JSON to masks).")], where: Where,
     out: Annotated[Optional[Path], typer.Option(help="COCO: folder in VOC layout; DIR itself if not given.")] = None,
     splits: Annotated[str, typer.Option(help="COCO: splits, separated by commas.")] = "train,val",
     sbd: Annotated[Optional[Path], typer.Option(help="VOC: folder of SBD; looked for in DIR if not given.")] = None,
@@ -182,10 +188,8 @@ def convert(
     "Make masks of annotations. A run that was stopped continues; exit code 1 if images were skipped."
     from adcam.sources import coco_to_voc, convert_voc
     show = sys.stderr.isatty()
-    if kind is Kind.voc2012:
+    if kind is Published.voc2012:
         return _tell_tree(done=convert_voc(where, sbd, strict=not any_size, processes=processes, progress=show))
-    if kind is not Kind.coco2014:
-        raise ValueError("a folder of your own needs no conversion; choose voc2012 or coco2014")
     names = [s.strip() for s in splits.split(",") if s.strip()]
     done = [coco_to_voc(where, s, out, processes=processes, progress=show) for s in names]
     for name, d in zip(names, done):
@@ -490,6 +494,62 @@ def show(
     typer.echo(f"{numbers_line(g, t, number)}{'; ' + note[0].lower() + note[1:-1] if note else ''}")
     typer.echo(f"wrote {', '.join(map(str, files))} ({sum(f.stat().st_size for f in files) / 1e6:.1f} MB)")
     _tell(picked)
+
+# %% ../nbs/14_cli.ipynb #220062e8
+class Form(str, Enum):
+    "Formats of correction tools."
+    coco = "coco"
+    labelme = "labelme"
+    cvat = "cvat"
+    voc = "voc"
+
+def _class_list(text: Optional[str]) -> Optional[tuple]:
+    "Class names from a file with a name per line, or separated by commas."
+    if text is None:
+        return None
+    from adcam.data import class_names
+    path = Path(text)
+    names = path.read_text(encoding="utf-8-sig").splitlines() if path.is_file() else text.split(",")
+    return class_names([n for n in names if n.strip()], text)
+
+# %% ../nbs/14_cli.ipynb #bc330937
+@app.command("export")
+def export_command(
+    folder: Annotated[Path, typer.Argument(metavar="MASKS", help="Folder of masks, ID.png.")],
+    to: Annotated[Form, typer.Option(help="coco (run lengths), labelme (polygons), cvat (CVAT for images 1.1, masks) or voc.")],
+    out: Annotated[Path, typer.Option(help="A new folder: annotations, and copies of the photographs.")],
+    data: Data = "mini", split: Split = "train",
+    limit: Annotated[Optional[int], typer.Option("--limit", "--n", min=1, help="Only the first N images.")] = None,
+    tolerance: Annotated[float, typer.Option(min=0.0, help="labelme: pixels by which an outline may move, so that it has few corners; 0 keeps every pixel.")] = 1.0,
+    min_area: Annotated[int, typer.Option("--min-area", min=0, help="labelme and cvat: leave out regions of fewer pixels.")] = 0,
+) -> None:
+    "Hand masks to a tool in which people correct them."
+    from adcam.export import export_masks
+    picked = _images(data, split, limit, files=folder, suffix=".png")
+    done = export_masks(picked.ds, folder, out, to.value, split, tolerance, min_area, progress=sys.stderr.isatty())
+    typer.echo(f"wrote {len(done.ids)} photographs with {done.shapes} {'files' if to is Form.voc else 'shapes'} to {out}")
+    if done.undecided:
+        how = dict(coco="in the field `ignore` of the image, which other programs pass over", voc="as 255").get(to.value, "as shapes named __ignore__")
+        typer.echo(f"{done.undecided} of them have undecided pixels (255), kept {how}")
+    _tell(picked.also(done.skipped))
+
+# %% ../nbs/14_cli.ipynb #03df2bfc
+@app.command("import")
+def import_command(
+    source: Annotated[Path, typer.Argument(metavar="FILE|FOLDER", help="What the tool wrote: a folder, a JSON or XML file, or CVAT's zip.")],
+    form: Annotated[Form, typer.Option("--from", help="coco, labelme, cvat or voc.")],
+    out: Annotated[Path, typer.Option(help="A new folder, in VOC layout: `adcam segment train --data voc:OUT`.")],
+    images: Annotated[Optional[Path], typer.Option(help="Folder of the photographs, if they do not lie beside the annotations.")] = None,
+    classes: Annotated[Optional[str], typer.Option(help="A file with a name per line, or names separated by commas, in the order of the mask numbers; the tool's list if not given.")] = None,
+    split: Annotated[str, typer.Option(help="Name of the list to write.")] = "train",
+) -> None:
+    "Make a data set of corrected masks."
+    from adcam.export import import_masks
+    done = import_masks(source, out, form.value, _class_list(classes), images, split, progress=sys.stderr.isatty())
+    typer.echo(f"{len(done.ids)} photographs with masks of {len(done.classes)} classes in {out}; `adcam segment train --data voc:{out} --split {split}` reads them")
+    if done.empty:
+        typer.echo(f"{len(done.empty)} masks have no object, first {done.empty[0]}")
+    _tell_skipped(done.skipped, len(done.ids) + len(done.skipped))
 
 # %% ../nbs/14_cli.ipynb #11d8bc29
 def _kept_back(ds, hold_out: bool) -> tuple:
@@ -1251,17 +1311,38 @@ def checkpoints(
     typer.echo(f"wrote {make_checkpoints(out, work, log, chosen, others, only, workers, device, quick, typer.echo)}")
 
 # %% ../nbs/14_cli.ipynb #b6c14806
+def _paper_folder() -> Path:
+    "Where the notebooks of figures and tables lie; the configs are beside it."
+    import sysconfig
+    here, package = Path.cwd(), Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
+    shares = (Path(sysconfig.get_path("data")) / "share/adcam", package.parent / "share/adcam")  # the second for `pip install --target`
+    places = [p / "nbs/paper" for p in (here, *here.parents, package.parent, *shares)]
+    return next((p for p in places if any(p.glob("*.ipynb"))), places[-2])
+
+def _papers() -> list:
+    "Names of the notebooks."
+    return sorted(p.stem for p in _paper_folder().glob("*.ipynb"))
+
+def _complete(incomplete: str) -> list:
+    "For the shell: names that begin so."
+    return [name for name in _papers() if name.startswith(incomplete)]
+
 def _paper_notebook(name: str) -> Path:
     "The notebook of a figure or table."
-    from adcam.pipeline import project_root
-    folder = project_root() / "nbs/paper"
-    path = folder / f"{name}.ipynb"
-    if path.is_file():
-        return path
-    there = sorted(p.stem for p in folder.glob("*.ipynb"))
+    folder, there = _paper_folder(), _papers()
+    if name in there:
+        return folder / f"{name}.ipynb"
     raise ValueError(f"no notebook {name!r}; " + (f"there are {', '.join(there)}" if there else
-                     f"there are none in {folder}: run this in a clone of the repository, the notebooks are not installed"))
+                     f"none are installed ({folder} has none): run this in a clone of the repository, or install a wheel that was built from one"))
 
+def _config(notebook: Path, file: Optional[Path], full: bool) -> Optional[Path]:
+    "The file of parameters: as it is named, or of that name beside the notebooks."
+    beside = notebook.parent.parent.parent / "configs"
+    if file is None:
+        return beside / f"{notebook.stem}.yaml" if full else None
+    return file if file.is_file() or not (beside / file.name).is_file() else beside / file.name
+
+# %% ../nbs/14_cli.ipynb #79ae4591
 def _yaml(text: str, where):
     "YAML as data; what is none is told in one line."
     import yaml
@@ -1291,32 +1372,74 @@ def _parameters(notebook: Path, file: Optional[Path], pairs: list) -> dict:
             raise ValueError(f"{notebook.name} has no parameter {name!r}" + (f", did you mean {near[0]!r}?" if near else ";") + f" It has {', '.join(known)}")
     return given
 
+# %% ../nbs/14_cli.ipynb #b0a7b06f
+def _values(notebook: Path, given: dict) -> dict:
+    "Every parameter of a notebook with its value."
+    import papermill
+    return {p["name"]: given.get(p["name"], _value(p["default"])) for p in papermill.inspect_notebook(str(notebook)).values()}
+
+def _try_folder(notebook: Path, given: dict) -> Path:
+    "results/try/<name>-<hash of all parameters>, in the folder that one stands in, or its clone."
+    import hashlib
+    values = {n: v for n, v in _values(notebook, given).items() if n != "out_dir"}
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    here = Path.cwd()
+    clone = next((p for p in (here, *here.parents) if (p / "nbs/paper").is_dir() and (p / "settings.ini").is_file()), here)
+    return Path(os.environ.get("ADCAM_RESULTS") or os.path.relpath(clone / "results")) / "try" / f"{notebook.stem}-{digest}"
+
+def _measured(notebook: Path, given: dict, folder: Path) -> tuple:
+    "(seconds, file) of a result that was measured with the same parameters, or (None, None)."
+    values = _values(notebook, given)
+    beside = notebook.parent.parent.parent / "results"
+    for file in (folder / f"{notebook.stem}.json", *sorted(beside.glob(f"*/{notebook.stem}.json"))):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            origin = json.loads(file.read_text(encoding="utf-8"))["provenance"]
+            default = _values(notebook, {})
+            if all(origin["settings"].get(n, default[n]) == v for n, v in values.items() if n not in ("out_dir", "processes")):
+                return float(origin["seconds"]), file
+    return None, None
+
+# %% ../nbs/14_cli.ipynb #1eca04ee
+def _list_papers() -> None:
+    "Each notebook with the promise of its first cell."
+    for name in _papers():
+        cell = json.loads((_paper_folder() / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"][0]
+        promise = next((line.lstrip("> ").strip() for line in "".join(cell["source"]).splitlines() if line.startswith(">")), "")
+        typer.echo(f"{name:10} {promise}")
+
 # %% ../nbs/14_cli.ipynb #2dd10602
-@app.command()
+@app.command(help="Run a figure or table of the paper by papermill. There are " + ", ".join(_papers() or ["none installed"]) + ". Unknown parameters are refused.")
 def paper(
-    name: Annotated[str, typer.Argument(help="fig4, table3, fig5, fig6, theorem41: a notebook of nbs/paper.")],
+    name: Annotated[Optional[str], typer.Argument(help="Which one; see above.", autocompletion=_complete)] = None,
     parameter: Annotated[Optional[list[str]], typer.Option("-p", help="name=value; may be given several times.")] = None,
     file: Annotated[Optional[Path], typer.Option("-f", help="YAML file of parameters, such as configs/fig4.yaml.")] = None,
-    out: Annotated[Optional[Path], typer.Option(help="Folder for the executed notebook and its results; results/try if not given.")] = None,
-    list_parameters: Annotated[bool, typer.Option("--list", help="Print the notebook's parameters and stop.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Full size: the file of that name in configs.")] = False,
+    out: Annotated[Optional[Path], typer.Option(help="Folder for the executed notebook and its results; results/try/NAME-HASH, one per set of parameters, if not given.")] = None,
+    list_parameters: Annotated[bool, typer.Option("--list", help="Print the notebook's parameters and stop; without a name, the notebooks.")] = False,
 ) -> None:
-    "Run a figure or table of the paper. By papermill; unknown parameters are refused."
-    from adcam.pipeline import results_dir
+    "Run a figure or table of the paper by papermill; unknown parameters are refused."
+    if name is None:
+        if not list_parameters:
+            raise ValueError(f"name a notebook: {', '.join(_papers())}; `adcam paper --list` says what they are")
+        return _list_papers()
     notebook = _paper_notebook(name)
     try:
         import papermill
     except ImportError as error:
         raise ImportError(f"figures are run by papermill, which is not installed ({error}); pip install 'adcam[dev]'") from error
-    given = _parameters(notebook, file, parameter or [])
+    given = _parameters(notebook, _config(notebook, file, full), parameter or [])
     known = papermill.inspect_notebook(str(notebook))
     if list_parameters:
         for p in known.values():
             typer.echo(f"{p['name']}: {p['inferred_type_name']} = {p['default']}  {p['help']}")
         return
-    out = out or results_dir("try")
-    if "out_dir" in known and "out_dir" not in given:
-        given["out_dir"] = str(out)
-    _execute(notebook, out / notebook.name, given)
+    named = {p.partition("=")[0].strip() for p in parameter or []}
+    if named and "out_dir" not in named:
+        given.pop("out_dir", None)  # the config's folder is for the config as it stands
+    folder = out or (Path(given["out_dir"]) if given.get("out_dir") else _try_folder(notebook, given))
+    if "out_dir" in known and "out_dir" not in named:
+        given["out_dir"] = str(folder)
+    _execute(notebook, folder / notebook.name, given)
 
 # %% ../nbs/14_cli.ipynb #059486da
 @contextlib.contextmanager
@@ -1326,7 +1449,7 @@ def _own_kernel():
     with tempfile.TemporaryDirectory(prefix="adcam-kernel-") as folder:
         spec = Path(folder) / "kernels/python3"
         spec.mkdir(parents=True)
-        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=ERROR"]  # it warns at every start that it listens on this machine
         (spec / "kernel.json").write_text(json.dumps(dict(argv=argv, display_name="Python 3", language="python")))
         before = os.environ.get("JUPYTER_PATH")
         os.environ["JUPYTER_PATH"] = os.pathsep.join([folder, *([before] if before else [])])
@@ -1335,16 +1458,41 @@ def _own_kernel():
         finally:
             os.environ.pop("JUPYTER_PATH") if before is None else os.environ.update(JUPYTER_PATH=before)
 
+# %% ../nbs/14_cli.ipynb #cf9e2c83
+def _minutes(seconds: float) -> str:
+    "A length of time for people."
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+class _Cells:
+    "The count of cells that papermill writes, kept for the line at the terminal."
+    text = ""
+    def write(self, text: str) -> int:
+        self.text = text.strip() or self.text
+        return len(text)
+    def flush(self) -> None: pass
+
 def _execute(notebook: Path, target: Path, given: dict) -> None:
-    "papermill, with a failing cell reported in words."
+    "papermill, with its progress at the terminal, and a failing cell reported in words."
+    import time
     import papermill
+    from adcam.progress import watch
     target.parent.mkdir(parents=True, exist_ok=True)
+    (seconds, file), began, cells = _measured(notebook, given, target.parent), time.monotonic(), _Cells()
+    if seconds is not None:
+        typer.echo(f"{notebook.stem}: about {_minutes(seconds)}, as in {os.path.relpath(file)}; less where stages are cached", err=True)
+    def line():
+        spent = time.monotonic() - began
+        left = f", about {_minutes(max(seconds - spent, 0))} left" if seconds is not None else ""
+        return f"{notebook.stem}: cell {cells.text}, {_minutes(spent)}{left}"
+    bar = dict(file=cells, bar_format="{n_fmt}/{total_fmt}", mininterval=0) if sys.stderr.isatty() else False
     try:
-        with _own_kernel():
-            papermill.execute_notebook(str(notebook), str(target), given, kernel_name="python3", progress_bar=sys.stderr.isatty())
+        with _own_kernel(), watch(line):
+            papermill.execute_notebook(str(notebook), str(target), given, kernel_name="python3", progress_bar=bar, start_timeout=180)
     except papermill.PapermillExecutionError as error:
         typer.echo(f"adcam: {notebook.name} stopped with {error.ename}: {error.evalue}\n  as far as it ran: {target}", err=True)
         raise SystemExit(1)
+    for path in sorted(p for p in target.parent.glob(f"{notebook.stem}*") if p.suffix != ".ipynb" and not p.name.endswith(".tmp")):
+        typer.echo(f"  {path}")
     typer.echo(f"executed notebook: {target}")
 
 # %% ../nbs/14_cli.ipynb #ad9c8cfc

@@ -9,6 +9,7 @@ import pytest
 import torch
 from nbformat import v4
 from PIL import Image
+from conftest import ROOT
 
 from adcam.cli import _parameters, main
 
@@ -286,3 +287,83 @@ def test_paper_command(run, notebook, tmp_path, monkeypatch):
 def test_unknown_figure(run):
     code, _, err = run("paper", "fig44")
     assert code == 2 and "no notebook 'fig44'" in err
+
+def test_two_sets_of_parameters_have_two_folders(run, notebook, tmp_path, monkeypatch):
+    monkeypatch.setattr("adcam.cli._paper_notebook", lambda name: notebook)
+    monkeypatch.delenv("ADCAM_RESULTS", raising=False)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")                                 # not in the clone: results belong here
+    for k in (8, 9):
+        assert run("paper", "tiny", "-p", f"k={k}")[0] == 0
+    found = sorted((tmp_path / "elsewhere/results/try").iterdir())
+    assert len(found) == 2 and all(p.name.startswith("tiny-") for p in found)
+    assert sorted("8 [1]" in (p / "tiny.ipynb").read_text() for p in found) == [False, True]
+
+
+def test_a_folder_belongs_to_values_not_to_how_they_were_given(notebook, monkeypatch, tmp_path):
+    from adcam.cli import _try_folder
+    assert _try_folder(notebook, {}) == _try_folder(notebook, dict(k=2)) == _try_folder(notebook, dict(ks=[1], out_dir="x")) != _try_folder(notebook, dict(k=3))
+
+
+def test_the_folder_of_a_config_is_for_the_config_as_it_stands(run, tmp_path, monkeypatch):
+    went = []
+    monkeypatch.setattr("adcam.cli._execute", lambda notebook, target, given: went.append((target.parent.as_posix(), given["out_dir"])))
+    for words in ([], ["-p", "k=20"], ["-p", "k=20", "--out", tmp_path], ["-p", "out_dir=mine"]):
+        assert run("paper", "fig4", "--full", *words)[0] == 0
+    (a, b), (c, d), (e, f), (g, h) = went
+    assert a == b == "results/mini" and c == d != a and "try/fig4-" in c and e == f == tmp_path.as_posix() and g == h == "mine"
+
+
+def test_notebooks_are_listed_without_a_name(run):
+    code, out, _ = run("paper", "--list")
+    names = sorted(p.stem for p in (ROOT / "nbs/paper").glob("*.ipynb"))
+    assert code == 0 and [line.split()[0] for line in out.splitlines()] == names
+    help_text = run("paper", "--help")[1]
+    assert all(n in help_text for n in names)
+    code, _, err = run("paper")
+    assert code == 2 and "fig4" in err and "--list" in err
+
+
+def test_notebooks_of_a_wheel_are_found(run, tmp_path, monkeypatch):
+    import shutil
+    import sysconfig
+    from adcam import cli
+    share, package = tmp_path / "share/adcam", tmp_path / "site/adcam"
+    (share / "configs").mkdir(parents=True), (share / "nbs/paper").mkdir(parents=True), package.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "__file__", str(package / "cli.py"))
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    code, _, err = run("paper", "fig4")
+    assert code == 2 and "none are installed" in err and "clone" in err
+    shutil.copy(ROOT / "nbs/paper/fig4.ipynb", share / "nbs/paper")
+    shutil.copy(ROOT / "configs/fig4.yaml", share / "configs")
+    notebook = cli._paper_notebook("fig4")
+    assert notebook.parent == share / "nbs/paper" and cli._config(notebook, None, True) == cli._config(notebook, cli.Path("configs/fig4.yaml"), False) == share / "configs/fig4.yaml"
+
+
+def test_papermill_that_is_missing_is_one_line(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "papermill", None)
+    code, _, err = run("paper", "fig4")
+    assert code == 2 and err.count("\n") == 1 and "pip install 'adcam[dev]'" in err
+
+
+def test_a_measured_time_is_known_for_the_same_parameters(tmp_path):
+    from adcam.cli import _config, _measured, _paper_notebook, _parameters
+    notebook = _paper_notebook("fig4")
+    given = _parameters(notebook, _config(notebook, None, True), [])
+    seconds, file = _measured(notebook, given, tmp_path)
+    assert seconds > 60 and file.name == "fig4.json" and file.parent.name == "mini"
+    assert _measured(notebook, given | dict(n_train=7), tmp_path) == (None, None)
+
+
+def test_the_shell_completes_commands_and_notebooks():
+    import os
+    def complete(words, n):
+        env = os.environ | dict(_ADCAM_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=str(n))
+        return subprocess.run([sys.executable, "-c", "from adcam.cli import main; main()"], capture_output=True, text=True, env=env, cwd=ROOT).stdout.split()
+    assert complete("adcam expl", 1) == ["explain"] and complete("adcam paper fig", 2) == ["fig1", "fig4", "fig5", "fig6"]
+
+
+def test_what_cannot_be_fetched_is_not_offered(run, tmp_path):
+    assert "folder" not in run("data", "get", "--help")[1].replace("Folder of the data set", "")
+    assert run("data", "get", "folder", tmp_path)[0] == run("data", "convert", "folder", tmp_path)[0] == 2

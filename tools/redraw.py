@@ -1,6 +1,6 @@
 """The committed figures once more from their committed numbers, after a change of colors or style: nothing is measured.
 
-    python tools/redraw.py              every figure of results/mini that is drawn from its JSON alone
+    python tools/redraw.py              every figure of results/mini and results/photos that is drawn from its JSON alone
     python tools/redraw.py fig4 table1  only these
 
 The drawing cells of the figure notebooks run as they stand; what they would have measured is read from the file.
@@ -46,12 +46,24 @@ def why(r: dict) -> dict:
     return dict(why=r["summary"], counts="")
 
 
+def photos(r: dict) -> dict:
+    import numpy as np
+    from types import SimpleNamespace
+    from adcam.pipeline import Point
+    point = lambda q: Point(*(q[f] for f in Point._fields))
+    means = lambda size: np.array([[q[n] for n in ("received", "auc", "sink_share")] for q in r["why"] if q["size"] == size])  # (L+1,3)
+    return dict(rows=r["rows"], measured_means=means, index={(q["split"], q["size"], q["blocks"], point(q), q["rule"]): q for q in r["rows"]}, net=SimpleNamespace(stride=14),
+                points=[], BLOCKS=("all", "half"), directions=("push", "pull"), references=[Point("cam"), Point("ts_cam"), Point("trans_cam", 0, 1, "pull")],
+                NAMES=dict(cam="CAM", ts_cam="TS-CAM", trans_cam="TransCAM", att_diffu="Att-Diffu only", ad_cam="AD-CAM"))
+
+
 FIGURES = {  # name: notebook, cells to run (by id; a line of code stands for itself), what their names mean
     "fig4": ("fig4", ("d7964f8c", "47a145b2", "920fa52c", "ad44d50c", "c4ad7631", "1bf361d3"), fig4),
     "fig6": ("fig6", ("d911a959", "f08e2a25"), fig6),
     "table1": ("table1", ("82ae521d", "32df6204"), table1),
     "table2": ("table2", ("b13f8b77", "b2619245"), table2),
     "table3": ("table3", ("1966a469", "ROWS = scenes_rows()", "bdd12ea8", "36dc995e"), table3),
+    "photos": ("photos", ("228892fb", "ea32b1c2", "230f4a03", "39651f96", "means = measured_means", "d665392c", "a1efb2a5"), photos),
     "why": ("table3", ("b9bceaf2", "89656d77"), why),
 }
 
@@ -76,7 +88,9 @@ def main() -> int:
     if unknown := sorted(set(names) - set(FIGURES)):
         print(f"{', '.join(unknown)}: not drawn from numbers alone; there are {', '.join(FIGURES)}", file=sys.stderr)
         return 2
-    for name in names: draw(name, ROOT / "results/mini", ROOT / "results/mini")
+    for name in names:
+        folder = ROOT / "results" / ("photos" if name == "photos" else "mini")
+        draw(name, folder, folder)
     return 0
 
 
