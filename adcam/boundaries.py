@@ -7,27 +7,29 @@ __all__ = ['ResNet50Stages', 'TimmStages', 'CnnStages', 'ConformerStages', 'ResN
            'IRViews', 'IRNetConfig', 'train_irnet', 'set_mean_shift', 'load_irnet', 'edge_displacement', 'edge_map']
 
 # %% ../nbs/10c_boundaries.ipynb #684eb008
-import io, json, math, zipfile
+import zipfile
 import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from accelerate import Accelerator
 from PIL import Image
 from timm.models.resnet import Bottleneck, ResNet
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
-from .classifier import EpochBatches, PolySGD, save_weights
+from .progress import tqdm
+from .classifier import PolySGD
 from .conformer import read_weights
 from .data import image_of, to_tensor, weak_sample
-from .files import atomic_write, difference, label_source, one_at_a_time
+from .files import label_source, one_at_a_time
 from .folders import MAX_SIDE
-from .training import arithmetic, make_accelerator, model_fingerprint, origin, precision_name, untouched
+from .training import (EpochBatches, arithmetic, check_mixed_precision, check_numbers, make_accelerator, model_fingerprint, origin, precision_name, read_run, save_weights,
+                            settings_of, train_epochs, untouched)
 from .walk import affinity, pair_tables, path_index
 
 # %% ../nbs/10c_boundaries.ipynb #fdf2d9c7
@@ -163,30 +165,8 @@ class _MeanShift(nn.Module):
 
     def forward(self, x): return x if self.training else x - self.running_mean[:, None, None]
 
-# %% ../nbs/10c_boundaries.ipynb #b782391c
-class _Heads(nn.Module):
-    "The two heads on five maps; `IRNet` adds the backbone"
-    def _build(self, c, s, edge_width, w):
-        for i in range(5): self.add_module(f"fc_edge{i+1}", _branch(c[i], edge_width, s[i]//4))
-        self.fc_edge6 = nn.Conv2d(5*edge_width, 1, 1)
-        if not self.displacement: return
-        for i in range(5): self.add_module(f"fc_dp{i+1}", _branch(c[i], w[i], s[i]//s[2] if i > 2 else 1))
-        self.fc_dp6 = _branch(sum(w[2:]), w[4], s[2]//4)
-        self.fc_dp7 = nn.Sequential(*_branch(w[0] + w[1] + w[4], w[4]), nn.Conv2d(w[4], 2, 1, bias=False))
-        self.mean_shift = _MeanShift(2)
-
-    def _edge(self, maps, size):
-        parts = [_fit(getattr(self, f"fc_edge{i+1}")(m), size) for i, m in enumerate(maps)]    # five (B,32,h,w)
-        return self.fc_edge6(torch.cat(parts, 1))                                              # (B,1,h,w)
-
-    def _shift(self, maps, size):
-        d = [getattr(self, f"fc_dp{i+1}")(m) for i, m in enumerate(maps)]
-        deep = torch.cat([_fit(m, d[2].shape[-2:]) for m in d[2:]], 1)                         # (B,768,h3,w3)
-        near = [_fit(m, size) for m in (d[0], d[1], self.fc_dp6(deep))]                        # (B,64|128|256,h,w)
-        return self.mean_shift(self.fc_dp7(torch.cat(near, 1)))                                # (B,2,h,w)
-
 # %% ../nbs/10c_boundaries.ipynb #a6c49252
-class IRNet(_Heads):
+class IRNet(nn.Module):
     "Edge and displacement heads on five maps of a frozen backbone (IRN, Ahn et al. 2019)"
     def __init__(self,
                  backbone: nn.Module|None = None,  # five maps, `channels`, `strides`; None is ResNet-50 with the keys of official checkpoints
@@ -222,6 +202,29 @@ class IRNet(_Heads):
         with torch.no_grad(): maps = self.stages(x)
         size = tuple((n + 3)//4 for n in x.shape[2:])
         return self._edge(maps, size), self._shift(maps, size) if self.displacement else None
+
+# %% ../nbs/10c_boundaries.ipynb #b782391c
+@patch
+def _build(self:IRNet, c, s, edge_width, w):
+    for i in range(5): self.add_module(f"fc_edge{i+1}", _branch(c[i], edge_width, s[i]//4))
+    self.fc_edge6 = nn.Conv2d(5*edge_width, 1, 1)
+    if not self.displacement: return
+    for i in range(5): self.add_module(f"fc_dp{i+1}", _branch(c[i], w[i], s[i]//s[2] if i > 2 else 1))
+    self.fc_dp6 = _branch(sum(w[2:]), w[4], s[2]//4)
+    self.fc_dp7 = nn.Sequential(*_branch(w[0] + w[1] + w[4], w[4]), nn.Conv2d(w[4], 2, 1, bias=False))
+    self.mean_shift = _MeanShift(2)
+
+@patch
+def _edge(self:IRNet, maps, size):
+    parts = [_fit(getattr(self, f"fc_edge{i+1}")(m), size) for i, m in enumerate(maps)]    # five (B,32,h,w)
+    return self.fc_edge6(torch.cat(parts, 1))                                              # (B,1,h,w)
+
+@patch
+def _shift(self:IRNet, maps, size):
+    d = [getattr(self, f"fc_dp{i+1}")(m) for i, m in enumerate(maps)]
+    deep = torch.cat([_fit(m, d[2].shape[-2:]) for m in d[2:]], 1)                         # (B,768,h3,w3)
+    near = [_fit(m, size) for m in (d[0], d[1], self.fc_dp6(deep))]                        # (B,64|128|256,h,w)
+    return self.mean_shift(self.fc_dp7(torch.cat(near, 1)))                                # (B,2,h,w)
 
 # %% ../nbs/10c_boundaries.ipynb #6cd628dd
 def pair_labels(
@@ -350,55 +353,24 @@ class IRNetConfig:
 
 # %% ../nbs/10c_boundaries.ipynb #17ccbe25
 def _check_config(c):
-    for name in ("epochs", "batch", "radius"):
-        if getattr(c, name) < 1: raise ValueError(f"{name} is {getattr(c, name)}; it must be at least 1")
-    for name in ("lr_edge", "lr_displacement", "power"):
-        if not getattr(c, name) > 0: raise ValueError(f"{name} is {getattr(c, name)}; it must be above 0")
-    if precision_name(c.mixed_precision) not in ("fp32", "tf32", "bf16"): raise ValueError(f"mixed_precision is {c.mixed_precision!r}; for IRNet choose fp32, tf32 or bf16")
+    check_numbers(c, at_least_1=("epochs", "batch", "radius"), above_0=("lr_edge", "lr_displacement", "power"))
+    check_mixed_precision(c, ("fp32", "tf32", "bf16"))
     path_index(c.radius, (c.crop//4, c.crop//4))  # refuses a crop without pairs
-
-# %% ../nbs/10c_boundaries.ipynb #fa6c8006
-def _save_run(acc, path, model, optimizer, run):
-    "What a later process needs to continue (heads, optimizer, history), and a log for people"
-    if acc.is_main_process:
-        buffer, net = io.BytesIO(), acc.unwrap_model(model)
-        heads = {k: v for k, v in net.state_dict().items() if not k.startswith(net.name + ".")}
-        torch.save(dict(run, heads=heads, optimizer=optimizer.state_dict()), buffer)
-        atomic_write(path.parent/"log.jsonl", lambda f: f.write("".join(json.dumps(r) + "\n" for r in run["history"]).encode()))
-        atomic_write(path, lambda f: f.write(buffer.getvalue()))
-    acc.wait_for_everyone()
-
-# %% ../nbs/10c_boundaries.ipynb #c24e1663
-def _load_run(acc, path, model, optimizer, run):
-    "Continue from a file of `_save_run`; refuse one with other settings, data or processes"
-    try: state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # a torn file can fail in any way
-        raise ValueError(f"cannot read {path} ({type(e).__name__}); delete it to start again") from e
-    odd = difference(state["settings"], run["settings"])
-    if odd: raise ValueError(f"{path} was trained with other settings ({odd}); use another folder, the old values, or resume=False")
-    acc.unwrap_model(model).load_state_dict(state["heads"], strict=False)
-    optimizer.load_state_dict(state["optimizer"])
-    return dict(run, epoch=state["epoch"], history=state["history"])
-
-# %% ../nbs/10c_boundaries.ipynb #59fd82f2
-def _step(acc, model, optimizer, x, label, c, num_classes):
-    "One optimizer step; the losses of the whole batch"
-    edge, dp = model(x.to(acc.device))
-    losses = irn_loss(edge, dp, label.to(acc.device), c.radius, num_classes, reduce=lambda n: acc.reduce(n, "sum"), processes=acc.num_processes)
-    optimizer.zero_grad()
-    acc.backward(losses["loss"])
-    values = acc.reduce(torch.stack([v.detach().float() for v in losses.values()]), "mean").tolist()
-    if not all(map(math.isfinite, values)): raise FloatingPointError(f"the loss became {dict(zip(losses, values))}; lower lr_edge ({c.lr_edge}) and lr_displacement ({c.lr_displacement}), or look for NaN in the images")
-    optimizer.step()
-    return dict(zip(losses, values))
 
 # %% ../nbs/10c_boundaries.ipynb #f3a32106
 def _run_settings(model, ds, labels, c, acc):
     "What must be the same for a run to be continued"
-    same = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(c).items() if k not in ("workers", "mixed_precision")}
     code = sorted({"adcam.boundaries", "adcam.walk", "adcam.data", type(model.stages).__module__} - {"__main__"})
-    return same | dict(data=ds.fingerprint(), labels=label_source(labels), backbone=model_fingerprint(model.stages)[:16], displacement=model.displacement, processes=acc.num_processes,
+    return settings_of(c) | dict(data=ds.fingerprint(), labels=label_source(labels), backbone=model_fingerprint(model.stages)[:16], displacement=model.displacement, processes=acc.num_processes,
                        **origin(model, acc.device, precision_name(c.mixed_precision), *code))
+
+# %% ../nbs/10c_boundaries.ipynb #52ce532c
+def _gradients(acc, net, batch, c, num_classes):
+    "Gradients of this process' share; the losses of the whole batch"
+    x, label = (v.to(acc.device) for v in batch)
+    losses = irn_loss(*net(x), label, c.radius, num_classes, reduce=lambda n: acc.reduce(n, "sum"), processes=acc.num_processes)
+    acc.backward(losses["loss"])
+    return losses
 
 # %% ../nbs/10c_boundaries.ipynb #74343817
 @one_at_a_time()
@@ -414,7 +386,7 @@ def train_irnet(
     device: str = "auto",              # where it learns, see `adcam.devices.pick_device`; the network stays there
 ) -> list[dict]:                       # a row per step: step, epoch, losses
     "Train the two heads by pairs of confident labels, then set the mean shift (IRN, Ahn et al. 2019). Several processes by `accelerate launch`."
-    c, last = config, None if out is None else Path(out)/"last.pt"
+    c, out = config, None if out is None else Path(out)
     _check_config(c)
     acc, views = accelerator or make_accelerator(c.mixed_precision, device), IRViews(ds, labels, c.crop, c.scale, c.seed)
     order = EpochBatches(len(views), c.batch, c.seed, acc.process_index, acc.num_processes)
@@ -422,23 +394,19 @@ def train_irnet(
     run, rates = dict(epoch=0, history=[], settings=_run_settings(model, ds, labels, c, acc)), (c.lr_edge, c.lr_displacement)
     groups = [dict(params=p, lr=lr) for p, lr in zip(model.heads().values(), rates) if p]
     net, optimizer = model.to(acc.device), PolySGD(groups, c.epochs*len(loader), c.weight_decay, c.power, c.momentum)
-    if resume and last and last.exists(): run = _load_run(acc, last, net, optimizer, run)
-    if run["epoch"] == c.epochs and (last.parent/"irnet.safetensors").is_file():
-        load_irnet(model, last.parent/"irnet.safetensors")
+    fixed = f"{model.name}."                                          # the backbone is not in the file, but its hash is in the settings
+    if resume and out and (out/"last.pt").exists(): run = read_run(acc, out/"last.pt", run, net, optimizer, fixed)
+    if run["epoch"] == c.epochs and (out/"irnet.safetensors").is_file():
+        load_irnet(model, out/"irnet.safetensors")
         return run["history"]
     net = acc.prepare(net)                                            # DDP; the optimizer needs no wrapper: no mixed precision, no scheduler
     with (arithmetic(model, c.mixed_precision, f"a step of {order.share} views of {c.crop}x{c.crop}", "batch or crop"),
           tqdm(total=c.epochs*len(loader), initial=run["epoch"]*len(loader), desc="IRNet", disable=not (progress and acc.is_main_process)) as bar):
-        for epoch in range(run["epoch"], c.epochs):
-            views.set_epoch(epoch); order.epoch = epoch; net.train()
-            for x, label in loader:
-                run["history"].append(dict(step=len(run["history"]) + 1, epoch=epoch, **_step(acc, net, optimizer, x, label, c, len(ds.classes))))
-                bar.update(); bar.set_postfix(loss=f"{run['history'][-1]['loss']:.3f}")
-            run["epoch"] = epoch + 1
-            if last: _save_run(acc, last, net, optimizer, run)
+        train_epochs(acc, net, optimizer, run, c.epochs, loader, lambda batch: _gradients(acc, net, batch, c, len(ds.classes)), out=out, begin=lambda epoch: net.train(), leave_out=fixed,
+                     bar=bar, remedy=lambda: f"lower lr_edge ({c.lr_edge}) and lr_displacement ({c.lr_displacement}), or look for NaN in the images")
     if model.displacement: set_mean_shift(model, ds, c.crop, c.batch)
     model.eval()
-    if last and acc.is_main_process: save_weights(model, last.parent/"irnet.safetensors")
+    if out and acc.is_main_process: save_weights(model, out/"irnet.safetensors")
     return run["history"]
 
 # %% ../nbs/10c_boundaries.ipynb #e372ef39

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'VOC_CLASSES', 'VOC_COUNTS', 'COCO_CLASSES', 'COCO_COUNTS', 'KINDS', 'to_tensor',
            'normalized', 'to_image', 'rgb_pixels', 'orientation', 'upright_pixels', 'read_image', 'read_mask',
-           'save_mask', 'check_png', 'image_size', 'check_id', 'read_list', 'class_names', 'VOCFolder', 'voc_root',
-           'voc2012', 'read_coco', 'coco_label', 'coco_mask', 'COCO2014', 'coco2014', 'find_images', 'Folder', 'folder',
-           'Subset', 'label_of', 'weak_of', 'image_of', 'mask_of', 'has_mask', 'weak_sample', 'labelled', 'Skipped',
-           'usable', 'skipped_report', 'Chosen', 'chosen', 'disagreements', 'check_agreement', 'open_data',
-           'random_resize_long', 'imagenet_normalize', 'random_flip', 'random_crop', 'to_chw', 'random_view',
-           'random_pixels', 'TrainViews']
+           'save_mask', 'check_png', 'image_size', 'check_id', 'read_list', 'nearest_name', 'class_names', 'VOCFolder',
+           'voc_root', 'voc2012', 'read_coco', 'coco_label', 'coco_mask', 'COCO2014', 'coco2014', 'find_images',
+           'Folder', 'folder', 'Subset', 'label_of', 'weak_of', 'image_of', 'mask_of', 'has_mask', 'weak_sample',
+           'labelled', 'Skipped', 'usable', 'skipped_report', 'Chosen', 'chosen', 'disagreements', 'check_agreement',
+           'open_data', 'random_resize_long', 'imagenet_normalize', 'random_flip', 'random_crop', 'to_chw',
+           'random_view', 'random_pixels', 'TrainViews']
 
 # %% ../nbs/02_data.ipynb #1e356460
 import contextlib, csv, difflib, functools, hashlib, io, json, math, multiprocessing, os, re, struct, unicodedata, warnings
@@ -22,7 +22,7 @@ from typing import Callable, NamedTuple
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
+from .progress import tqdm
 from .files import atomic_write, dead_workers_in_words, follow_parent, read_reports
 from .scenes import Sample, Scenes
 
@@ -349,7 +349,9 @@ def read_list(path:str|Path, # text file, one image per line; further columns ar
     return ids
 
 # %% ../nbs/02_data.ipynb #9a5be3a0
-def _nearest(name, known):
+def nearest_name(name:str, # what was written
+                 known # names that there are
+                ) -> str:
     "`; did you mean 'cat'?`, or nothing"
     lower = {str(k).lower(): str(k) for k in known}
     found = [lower[m] for m in difflib.get_close_matches(str(name).lower(), lower, 3, 0.6)]
@@ -357,7 +359,7 @@ def _nearest(name, known):
 
 def _unknown(where, names, classes):
     names = sorted(names, key=str)
-    return ValueError(f"{where} names unknown classes {names[:5]}{_nearest(names[0], classes) or '.'} Known are {', '.join(classes[:25])}{' ...' if len(classes)>25 else ''}")
+    return ValueError(f"{where} names unknown classes {names[:5]}{nearest_name(names[0], classes) or '.'} Known are {', '.join(classes[:25])}{' ...' if len(classes)>25 else ''}")
 
 # %% ../nbs/02_data.ipynb #248676c6
 def _labels_csv(path, classes):
@@ -850,7 +852,7 @@ def _match(path, table, names):
 def _check_match(path, table, ids, images, names):
     "Every line has its image, every image its line"
     lost = [(n, name) for (n, name, _), i in zip(table, ids) if i not in images]
-    if lost: raise FileNotFoundError(f"{path}, line {lost[0][0]}: no image for the id {lost[0][1]!r}{_nearest(lost[0][1], names)} ({len(lost)} such lines). Correct or delete them")
+    if lost: raise FileNotFoundError(f"{path}, line {lost[0][0]}: no image for the id {lost[0][1]!r}{nearest_name(lost[0][1], names)} ({len(lost)} such lines). Correct or delete them")
     rest = sorted(set(images)-set(ids))
     if rest: raise ValueError(f"no line in {path} for {len(rest)} of {len(images)} images, first {rest[:3]}; add a line for each (with an empty cell, or zeros, if it shows no class) or move them out of the folder (masks: name their folder by masks=)")
 

@@ -676,7 +676,7 @@ def _harmless(board, box, parts):
                (left[4 * i + 2 : 4 * i + 4] >= 0.6 * o.drawn[1:]).all() for i, o in enumerate(board.objects, 1))
 
 # %% ../nbs/01b_drawing.ipynb #b0514df5
-def _welcome(board, pen, full):
+def _leaves_all_visible(board, pen, full):
     "Is enough of a new object and of its telling parts inside the image, and does it spoil no other?"
     box = pen.image.getbbox()
     if box is None: return False
@@ -704,7 +704,7 @@ def _add(board, name, pose, must):
     draw(pen, rng.random(4), front, rear)
     paints, texture, number, coat = _outfit(name, board.avoid, rng)
     full = _frame(name) * pen.scale**2
-    if not must and not _welcome(board, pen, full): return False
+    if not must and not _leaves_all_visible(board, pen, full): return False
     stamp = _rasterize(pen, *paints, board.light, rng)
     board.avoid = np.vstack([board.avoid, coat])
     if body != "wing": _shadow(board.canvas, pen, (l, t, r, b) if flip > 0 else (-r, t, -l, b), board.light)

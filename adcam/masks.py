@@ -18,35 +18,32 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
+from .progress import tqdm
 from .branches import VOC_IMAGENET, TwoBranch, group_maps
 from .classifier import whole_image
 from .cost import picture_size
 from .data import Sample, find_images, folder, has_mask, image_of, label_of, mask_of, open_data, read_image, read_mask
 from .devices import pick_device
-from .files import atomic_write
+from .files import atomic_write, claimed, read_json
 from .irnet import save_mask
 from .networks import build_network, network_name
-from .photo import find_class, imagenet_names
+from .photo import find_groups, imagenet_names
 from .pipeline import Profile, profiles
 from .run import RunResult, override, run, with_network
 from .training import device_of, untouched
 
 # %% ../nbs/13h_masks.ipynb #8bd067ec
 def class_groups(
-    text: str,           # "bus=minibus,school bus;cat": NAME=IMAGENET,IMAGENET; or a name that VOC or ImageNet has
+    text: str,           # "bus=minibus,school bus;cat=tabby,lynx", or names alone: "bus;cat"
 ) -> dict[str, tuple]:   # {name: numbers of ImageNet classes}
-    "Groups of ImageNet classes from the command line. A name that is not known is a `ValueError` that names the nearest"
+    "Groups of ImageNet classes from the command line, looked up as `adcam.explain` does. A name that is not known is a `ValueError` that names the nearest"
     groups, names = {}, imagenet_names()
     for part in filter(None, (p.strip() for p in text.split(";"))):
-        name, equal, members = (x.strip() for x in part.partition("="))
-        if not name: raise ValueError(f"--classes: {part!r} has no name; write NAME=IMAGENET,IMAGENET;NAME=...")
-        if name in groups: raise ValueError(f"--classes names {name!r} twice; put all its ImageNet classes behind one =")
-        if not equal and VOC_IMAGENET.get(name): groups[name] = VOC_IMAGENET[name]; continue
-        if not equal and name in VOC_IMAGENET: raise ValueError(f"--classes: ImageNet has no class for {name!r}; it has to be trained: give labels.csv and leave --classes out")
-        words = [w.strip() for w in (members if equal else name).split(",") if w.strip()]
-        if not words: raise ValueError(f"--classes: {name!r} has no ImageNet class; write {name}=NAME,NAME")
-        groups[name] = tuple(dict.fromkeys(find_class(w, names) for w in words))
+        name, equal, words = (x.strip() for x in part.partition("="))
+        if not name or equal and not words.strip(" ,"): raise ValueError(f"--classes: {part!r} is no group; write NAME=CLASS,CLASS and `;` between groups")
+        given = {name: words} if equal else {w.strip(): w.strip() for w in name.split(",") if w.strip()}
+        if twice := given.keys() & groups.keys(): raise ValueError(f"--classes names {min(twice)!r} twice; put all its ImageNet classes behind one =")
+        groups |= {g.name: g.members for g in find_groups(given, names)}
     if not groups: raise ValueError('--classes is empty; write for example "bus=minibus,school bus;cat=tabby,lynx"')
     return groups
 
@@ -83,22 +80,30 @@ class Grouped(nn.Module):
 
 # %% ../nbs/13h_masks.ipynb #9df3bde4
 def _write_table(path: Path, rows: dict) -> Path:
-    "{relative path: names} as `id,labels`"
+    "{relative path: names with ; between them} as `id,labels`"
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([("id", "labels"), *((rel, ";".join(names)) for rel, names in rows.items())])
-    return atomic_write(path, lambda f: f.write(text.getvalue().encode()))
+    csv.writer(text, lineterminator="\n").writerows([("id", "labels"), *sorted(rows.items())])
+    return atomic_write(Path(path), lambda f: f.write(text.getvalue().encode()))
+
+def _read_table(path: Path) -> dict:
+    "What is in a table of an earlier call: a person may have corrected it"
+    if not Path(path).is_file(): return {}
+    with open(path, encoding="utf-8-sig", newline="") as f: rows = [r for r in csv.reader(f) if r]
+    if not rows or rows[0] != ["id", "labels"] or any(len(r) != 2 for r in rows): raise ValueError(f"{path} is no table with the header `id,labels` and two cells per line; correct or delete it")
+    return dict(rows[1:])
+
+def _photographs(root: str | Path) -> dict: return find_images(root, Path(root) / "masks")  # true masks, if there are any, lie there
 
 def labels_by_folder(
     root: str | Path,   # a folder with a sub-folder per class
-    path: str | Path,   # table to write
+    path: str | Path,   # table to write; lines that are there already stay
 ) -> tuple[str, ...]:   # the classes
     "Names of sub-folders as classes; a photograph beside them has none"
-    rows = {rel: [rel.split("/")[0]] if "/" in rel else [] for rel in sorted(find_images(root))}
-    classes = tuple(sorted({c for names in rows.values() for c in names}))
-    if not classes: raise ValueError(f"nothing says what the photographs in {root} show: put labels.csv beside them (header `id,labels`, then `PHOTO,class;class` per line), or a sub-folder per class, or name ImageNet classes by --classes \"bus=minibus,school bus;cat\"")
-    if odd := [c for c in classes if ";" in c or "," in c]: raise ValueError(f"the sub-folder {odd[0]!r} makes a class name with a comma or semicolon; rename it")
-    _write_table(Path(path), rows)
-    return classes
+    rows = {rel: rel.split("/")[0] if "/" in rel else "" for rel in _photographs(root)} | _read_table(path)
+    if not any(rows.values()): raise ValueError(f"nothing says what the photographs in {root} show: put labels.csv beside them (header `id,labels`, then `PHOTO,class;class` per line), or a sub-folder per class, or name ImageNet classes by --classes \"bus=minibus,school bus;cat\"")
+    if odd := [c for c in rows.values() if "," in c]: raise ValueError(f"the class {odd[0]!r} has a comma in its name; rename the sub-folder")
+    _write_table(path, rows)
+    return tuple(sorted({c.strip() for names in rows.values() for c in names.split(";") if c.strip()}))
 
 # %% ../nbs/13h_masks.ipynb #fff29f2a
 SURE = .1  # probability of a group from which on ImageNet's head is believed
@@ -106,22 +111,22 @@ SURE = .1  # probability of a group from which on ImageNet's head is believed
 def labels_by_imagenet(
     net: Grouped,          # on its device
     root: str | Path,      # folder of photographs
-    path: str | Path,      # table to write
+    path: str | Path,      # table to write; lines that are there already stay
     size: int = 448,       # long side, pixels
     sure: float = SURE,    # a group that is at least so probable is in the photograph
     limit: int | None = None, # only the first photographs
     progress: bool = True, # show a bar
 ) -> list[str]:            # photographs in which nothing was found
     "What ImageNet's head sees in each photograph, as a table"
-    rows, found = {}, sorted(find_images(root).items())[:limit]
+    rows, found = _read_table(path), sorted(_photographs(root).items())[:limit]
     with untouched(net):
-        for rel, file in tqdm(found, desc="what is in it", unit="image", disable=not progress):
+        for rel, file in tqdm([f for f in found if f[0] not in rows], desc="what is in it", unit="image", disable=not progress):
             try: x = whole_image(read_image(file, True), size, net.stride)[None].to(device_of(net))
-            except (ValueError, OSError): rows[rel] = []; continue           # the run names it
-            rows[rel] = [c for c, p in zip(net.class_names, net(x)[0][0].exp().tolist()) if p >= sure]
-    if not any(rows.values()): raise ValueError(f"none of the {len(rows)} photographs seems to show {', '.join(net.class_names)}; name other ImageNet classes, or write {path} yourself (header `id,labels`)")
-    _write_table(Path(path), rows)
-    return [rel for rel, names in rows.items() if not names]
+            except (ValueError, OSError): continue                           # the run names it
+            rows[rel] = ";".join(c for c, p in zip(net.class_names, net(x)[0][0].exp().tolist()) if p >= sure)
+    if not any(rows.values()): raise ValueError(f"none of the {len(rows)} photographs seems to show {', '.join(net.class_names)}; name other ImageNet classes, or give a table by --labels (header `id,labels`)")
+    _write_table(path, rows)
+    return [rel for rel, _ in found if not rows.get(rel, "?")]
 
 # %% ../nbs/13h_masks.ipynb #0d7998b6
 def _fit(size: tuple[int, int], long: int | None) -> tuple[int, int]:
@@ -136,13 +141,15 @@ class Photographs:
     def __init__(self,
                  ds: Any,                     # data set
                  long: int | None = None,     # long side, pixels; None: as they are
-                 classes: tuple | None = None # names to keep; None: all
+                 classes: tuple | None = None # names that count; None: all. The others keep their numbers, but no photograph has them
                 ):
-        self.ds, self.long, self.ids, self.classes = ds, long, list(ds.ids), tuple(ds.classes if classes is None else classes)
-        if lost := set(self.classes) - set(ds.classes): raise ValueError(f"no photograph has a label {sorted(lost)[0]!r}; there are {', '.join(ds.classes)}. Name the groups of --classes like the labels")
-        self.keep, self.left_out = [ds.classes.index(c) for c in self.classes], [c for c in ds.classes if c not in self.classes]
+        self.ds, self.long, self.ids, self.classes = ds, long, list(ds.ids), tuple(ds.classes)
+        wanted = self.classes if classes is None else tuple(classes)
+        if lost := [c for c in wanted if c not in self.classes]: raise ValueError(f"no photograph has a label {lost[0]!r}; there are {', '.join(self.classes)}. Name the groups of --classes like the labels")
+        self.wanted = np.isin(self.classes, wanted)                          # (K,)
+        self.left_out = [c for c, yes in zip(self.classes, self.wanted) if not yes]
         self.number = np.full(256, 255, np.uint8)                            # true label -> label here
-        self.number[[0, *(k + 1 for k in self.keep)]] = range(len(self.keep) + 1)
+        self.number[[0, *(np.flatnonzero(self.wanted) + 1)]] = [0, *(np.flatnonzero(self.wanted) + 1)]
         self.name = Path(getattr(ds, "root", type(ds).__name__)).name
 
     def __len__(self) -> int: return len(self.ids)
@@ -151,7 +158,7 @@ class Photographs:
         "Height and width here, without decoding the photograph"
         return _fit(picture_size(self.ds, i), self.long)
 
-    def label(self, i: int) -> np.ndarray: return label_of(self.ds, i)[self.keep]
+    def label(self, i: int) -> np.ndarray: return label_of(self.ds, i) * self.wanted
 
     def image(self, i: int) -> np.ndarray:
         "(H,W,3) uint8, shrunk"
@@ -172,7 +179,7 @@ class Photographs:
 
     def fingerprint(self) -> str:
         "Hash of the photographs, the limit and the classes"
-        return hashlib.sha256(f"{self.ds.fingerprint()}{self.long}{self.classes}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.ds.fingerprint()}{self.long}{self.wanted.tolist()}".encode()).hexdigest()
 
 # %% ../nbs/13h_masks.ipynb #aa5d097d
 class Opened(NamedTuple):
@@ -203,11 +210,9 @@ def open_photographs(
     nothing, classes, told = [], None, str(labels)
     masks = "masks" if (root / "masks").is_dir() else None
     if labels is None:
-        labels, sub = own.resolve(), any("/" in rel for rel in find_images(root))
-        if sub: classes, told = labels_by_folder(root, labels), "names of sub-folders"
-        elif net is None: labels_by_folder(root, labels)                      # says what is missing
-        elif own.exists(): told, classes = f"{own}, which was there", names
-        else: nothing, told, classes = labels_by_imagenet(net, root, labels, limit=limit, progress=progress), f"ImageNet's head; correct them in {own}", names
+        labels, tops = own, {rel.split("/")[0] for rel in _photographs(root) if "/" in rel}
+        if net is None or tops & set(names): classes, told = labels_by_folder(root, own), "names of sub-folders"
+        else: nothing, classes, told = labels_by_imagenet(net, root, own, limit=limit, progress=progress), names, f"ImageNet's head; correct them in {own}"
     ds = folder(root, Path(labels).resolve(), masks, classes, check=False)
     return Opened(Photographs(ds, long, names), ds, told, nothing)
 
@@ -227,14 +232,16 @@ def enlarge_mask(
 def full_size(
     whole: Any,              # photographs in their own size
     ids: list,               # those that have a mask
-    source: str | Path,      # folder of small masks
+    source: str | Path,      # folder of small masks, with its settings.json
     out: str | Path,         # folder to fill, `<id>.png`
+    force: bool = False,     # replace masks that came from other settings, corrected ones too
 ) -> int:                    # how many there are
-    "Masks in the size of their photographs; all are written anew"
-    where = {name: i for i, name in enumerate(whole.ids)}
-    for name in ids:
-        image = image_of(whole, where[name])
-        save_mask(Path(out) / f"{name}.png", enlarge_mask(read_mask(Path(source) / f"{name}.png", 254), image.shape[:2]))
+    "Masks in the size of their photographs. One that is there stays as it is: somebody may have corrected it"
+    source, out, where = Path(source), Path(out), {name: i for i, name in enumerate(whole.ids)}
+    with claimed(out, dict(kind="masks in full size", source=read_json(source / "settings.json")), "*.png", force=force, what="masks"):
+        for name in ids:
+            if not (out / f"{name}.png").exists():
+                save_mask(out / f"{name}.png", enlarge_mask(read_mask(source / f"{name}.png", 254), image_of(whole, where[name]).shape[:2]))
     return len(ids)
 
 # %% ../nbs/13h_masks.ipynb #0c5dc268
@@ -250,10 +257,10 @@ def masks_profile(
     what = network_name(network)
     if what.kind == "cnn": raise ValueError(f"--network {network}: masks need attention; name a pair CNN+VIT, or mini")
     base = profiles["mini" if network == "mini" else "voc_public"]
-    p = override(replace(base, name="masks", num_classes=num_classes), with_network(network))
+    p = override(replace(base, name="masks", num_classes=num_classes, k_mode="ratio"), with_network(network))
     if what.kind == "pair":
         blocks = len(timm.create_model(what.vit).blocks)
-        p = replace(p, dataset="folder", direction="pull", k=75, steps=4, k_mode="ratio", layers=max(1, blocks // 2))
+        p = replace(p, dataset="folder", direction="pull", k=75, steps=2, layers=max(1, blocks // 2))
     usual = p.walk_background if refine == "irn" else THRESHOLD
     return replace(p, walk_background=usual if threshold is None else threshold)
 
@@ -289,6 +296,7 @@ def make_masks(
     refine: str = "none",            # none, irn or psa: a walk before it
     change: list = (),               # "name=value" of any other setting
     split: str = "train",            # list of a data set in VOC or COCO layout
+    force: bool = False,             # replace masks made with other settings, corrected ones too
     budget: str = "check",           # see `adcam.run.run`
     limit: int | None = None,        # only so many photographs
     progress: bool = True,           # show bars
@@ -302,21 +310,22 @@ def make_masks(
     if groups and not pair: raise ValueError(f"--classes needs a CNN that knows ImageNet; --network {network} does not: name a pair CNN+VIT")
     net = _network(network, groups, 1, cnn_weights, vit_weights, random_weights).to(pick_device(device)) if groups else None
     opened = open_photographs(root, out, labels, net, long, split, limit, progress)
+    if net is not None: net = Grouped(net.pair, {c: groups.get(c, ()) for c in opened.ds.classes}).to(pick_device(device))   # in the order of the data set
     p = override(masks_profile(network, len(opened.ds.classes), refine, threshold), list(change))
     if pair and net is None: net = _network(network, None, p.num_classes, cnn_weights, vit_weights, random_weights)
-    done = run(p, opened.ds, out, trained=net, heads=groups is None, refine=refine, crf=crf, cnn_weights=cnn_weights, vit_weights=vit_weights, limit=limit, budget=budget,
+    done = run(p, opened.ds, out, trained=net, heads=groups is None, refine=refine, crf=crf, cnn_weights=cnn_weights, vit_weights=vit_weights, limit=limit, budget=budget, force=force,
                lower=f"--size (now {long}), --set scales or --processes", progress=progress, device=device, **options)
-    return _finish(done, opened, out, crf, budget)
+    return _finish(done, opened, out, crf, budget, force)
 
 # %% ../nbs/13h_masks.ipynb #d35eb2d5
 SIZES = dict(pair=640, mini=192)  # long side, pixels
-THRESHOLD = .4                     # score of the background, without a walk
+THRESHOLD = .55                    # score of the background, without a walk
 
-def _finish(done: RunResult, opened: Opened, out: Path, crf: bool, budget: str) -> Masks:
+def _finish(done: RunResult, opened: Opened, out: Path, crf: bool, budget: str, force: bool) -> Masks:
     "Masks in full size, and the names of their labels"
     if budget == "only": return Masks(out / "masks", opened.ds.classes, 0, done, opened)
     source, lost = out / ("crf_masks" if crf else "pseudo_masks"), {s.id for s in done.skipped}
     there = {path.stem for path in source.glob("*.png")}
     ids = [i for i in opened.ds.ids if i in there and i not in lost]
     atomic_write(out / "classes.txt", lambda f: f.write("\n".join([*opened.ds.classes, ""]).encode()))
-    return Masks(out / "masks", opened.ds.classes, full_size(opened.whole, ids, source, out / "masks"), done, opened)
+    return Masks(out / "masks", opened.ds.classes, full_size(opened.whole, ids, source, out / "masks", force), done, opened)

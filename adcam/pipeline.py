@@ -22,7 +22,7 @@ import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
+from .progress import tqdm
 import adcam
 from .cam import ad_cam, ad_cam_grid, attention_received, co_neighbor, normalize, patch_attention, same_object_auc
 from .cnn import shipped_weights

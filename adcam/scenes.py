@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm.auto import tqdm
+from .progress import tqdm
 from .drawing import CLASSES, RENDER_VERSION, TEXTURES, Instance, Sample, Scene, check_scene, describe_scene, render_scene
 from .files import atomic_write
 

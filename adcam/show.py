@@ -16,11 +16,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
 
-from .data import Skipped, image_of, mask_of, read_mask
+from .data import Skipped, image_of, mask_of, nearest_name, read_mask
 from .evaluation import Sweep, confusion, scores, seed_mask
 from .files import atomic_write, why_left_out
+from .progress import tqdm
 from .seeds import load_seed
 from .viz import ERROR_COLORS, error_map, overlay, overlay_mask, palette, panel
 
@@ -149,8 +149,7 @@ def show_seeds(
 def class_number(classes, name: str) -> int:
     "Number of a class in masks, 1..K, from its name. `ValueError` names the nearest"
     if name in classes: return list(classes).index(name) + 1
-    from adcam.data import _nearest
-    raise ValueError(f"no class {name!r}{_nearest(name, classes) or '; there are ' + ', '.join(classes[:25])}")
+    raise ValueError(f"no class {name!r}{nearest_name(name, classes) or '; there are ' + ', '.join(classes[:25])}")
 
 # %% ../nbs/08b_show.ipynb #61542819
 class Gallery(NamedTuple):
@@ -291,8 +290,8 @@ def _bytes(m): return np.round(m*255).astype(np.uint8)
 def _packed(s):
     "One photograph for the page"
     h, w = s.image.shape[:2]
-    size = (-(-h//3), -(-w//3))
-    maps = [] if s.maps is None else [_uri(_bytes(_resized(m, size, Image.Resampling.BILINEAR).clip(0, 1))) for m in s.maps]
+    size = (-(-h//2), -(-w//2))
+    maps = [] if s.maps is None else [_uri(_bytes(_resized(m, size, Image.Resampling.BOX).clip(0, 1))) for m in s.maps]
     flat = {n: _uri(a) for n, a in (("mask", s.mask), ("truth", s.truth)) if a is not None}
     return dict(id=s.id, w=w, h=h, labels=s.labels(), keys=list(s.keys), photo=_uri(s.image, "jpeg", quality=82), maps=maps, **flat)
 

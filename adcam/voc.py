@@ -19,7 +19,7 @@ import torch
 import torch.multiprocessing as mp
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
+from .progress import tqdm
 from .branches import TwoBranch
 from .cam import attention_received, co_neighbor, patch_attention, same_object_auc
 from .classifier import TrainConfig

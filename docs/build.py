@@ -25,9 +25,9 @@ ROOT = Path(__file__).resolve().parent.parent
 _parser = configparser.ConfigParser(interpolation=None)
 _parser.read(ROOT / "settings.ini")
 settings = _parser["DEFAULT"]
-MATHJAX = ("sphinx-mathjax-offline", "tex-svg.js", "d4295dc33744836935c1399feece5159577b34c5c8ffb9f1c6324cd82e03a882")  # MathJax 3.2.2 as on npm
+MATHJAX = ("sphinx-mathjax-offline", "tex-svg-full.js", "a4354ff94fd868aea0cc6eaaa79a57fda0588646fc46ee3700a349ee0a11cbe6")  # MathJax 3.2.2 as on npm
 SRC = ROOT / ".cache/docs/src"
-LONG = 10  # exported cells with more lines than this are folded
+LONG = 16  # exported cells with more lines than this are folded
 
 # ---------------------------------------------------------------- notebooks
 
@@ -43,25 +43,40 @@ def notebook_page(path: Path, executed: list[Path] = ()) -> nbformat.NotebookNod
     for cell in nb.cells:
         flags = dict(re.findall(r"^#\|\s*(\w+):?[ \t]*(.*?)\s*$", cell.source, re.M)) if cell.cell_type == "code" else {}
         if "default_exp" in flags: module = flags["default_exp"]
-        if {"hide", "default_exp", "exporti"} & set(flags): continue
+        if {"hide", "default_exp", "exporti"} & set(flags) or "wrong" in cell.metadata.get("tags", []): continue
         if cell.cell_type == "code":
             cell.outputs = [o for o in done.get((cell.id, cell.source), cell.outputs) if o.output_type != "error"]
             cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip("\n")
             cell.metadata.setdefault("tags", [])
             if flags.get("echo") == "false": cell.metadata.tags.append("remove-input")
-            elif "export" in flags and cell.source.count("\n") >= LONG: fold(cell, module)
+            elif "export" in flags and cell.source.count("\n") >= LONG: fold(cell, f"adcam.{module}: {names(cell.source)}")
+            elif "# solution" in cell.source: fold(cell, "a solution, after you have tried")
             for o in cell.outputs: strip_paths(o)
         if cell.source: cells.append(cell)
+    nb.metadata.pop("widgets", None)
+    for cell in cells:
+        if cell.cell_type == "markdown": cell.source = relinked(cell.source)
+        for o in cell.get("outputs", []): o.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)  # needs scripts from elsewhere, and a kernel
     cells[0].source = re.sub(r"^- \w+: .*\n?", "", cells[0].source, flags=re.M) + f"\n\n{ways_in(path, module)}"
     nb.cells = cells
     return nb
 
 
-def fold(cell, module: str) -> None:
+def relinked(text: str) -> str:
+    "Students' versions have no page; anchors that a Markdown file writes out as HTML are linked as HTML"
+    text = re.sub(r"(\]\([^)\s]*)student/(lesson\d)", r"\1\2", text)
+    return re.sub(r"\[([^\]]*)\]\(([\w./-]+)\.md#([\w-]+)\)", r'<a class="reference internal" href="\2.html#\3">\1</a>', text)
+
+
+def names(source: str) -> str:
+    "What a cell defines"
+    return ", ".join(re.findall(r"^(?:def|class) (\w+)", source, re.M) or re.findall(r"^(\w+)\b.*=", source, re.M)[:3])
+
+
+def fold(cell, title: str) -> None:
     "Fold a cell, and say on the fold what is in it"
-    names = ", ".join(re.findall(r"^(?:def|class) (\w+)", cell.source, re.M) or re.findall(r"^(\w+)\b.*=", cell.source, re.M)[:3])
     cell.metadata.tags.append("hide-input")
-    cell.metadata["mystnb"] = {f"code_prompt_{w}": f"adcam.{module}: {names} ({cell.source.count(chr(10)) + 1} lines)" for w in ("show", "hide")}
+    cell.metadata["mystnb"] = {f"code_prompt_{w}": f"{title} ({cell.source.count(chr(10)) + 1} lines)" for w in ("show", "hide")}
 
 
 def strip_paths(output) -> None:
@@ -74,19 +89,9 @@ def ways_in(path: Path, module: str) -> str:
     name = path.relative_to(ROOT).as_posix()
     up = "../" * name.count("/")
     api = f"[API of `adcam.{module}`]({up}api/adcam.{module}.md) · " if module else ""
-    return f"{api}{{download}}`Notebook <{up}files/{name}>`"
-
-
-def with_results(nb, name: str) -> None:
-    "Behind the title of a figure notebook: the pictures and tables that were measured and committed"
-    lines = []
-    for folder in sorted(p for p in (ROOT / "results").iterdir() if (p / f"{name}.json").is_file() and p.name != "bench"):
-        pictures = [p for p in committed(folder) if p.suffix == ".png" and (p.stem == name or p.stem.startswith(f"{name}_"))]
-        tables = [p for p in committed(folder) if p.stem == name and p.suffix in (".json", ".csv", ".md")]
-        label = {"mini": "On Scenes", "voc": "On PASCAL VOC", "photos": "On photographs", "claims": "The claims"}.get(folder.name, folder.name)
-        links = " · ".join(f"{{download}}`{p.name} <../../{p.relative_to(ROOT).as_posix()}>`" if p.suffix != ".md" else f"[table](../../{p.relative_to(ROOT).as_posix()})" for p in tables)
-        lines += [f"### {label}", *(f"![{name}: {p.stem}](../../{p.relative_to(ROOT).as_posix()})" for p in pictures), f"Numbers: {links}"]
-    if lines: nb.cells.insert(1, nbformat.v4.new_markdown_cell("\n\n".join(["## What was measured", *lines])))
+    student = path.parent / "student" / path.name
+    sheet = f" · {{download}}`Download the student's version <{up}files/nbs/course/student/{path.name}>`" if student.is_file() else ""
+    return f"{api}{{download}}`Download the notebook <{up}files/{name}>`{sheet}"
 
 
 def committed(folder: Path) -> list[Path]:
@@ -138,20 +143,26 @@ def prose(node) -> str:
 def escaped(text: str) -> str: return re.sub(r"([*_<>\[\]{}$\\|])", r"\\\1", text)
 
 
-def described(node, name: str, notes: Comments, depth: int = 0) -> str:
-    "One function or class as a Sphinx directive"
+def added_to(node) -> str:
+    "The class to which `@patch` adds a function, or nothing"
+    marks = {ast.unparse(d).partition("(")[0] for d in getattr(node, "decorator_list", ())}
+    return ast.unparse(node.args.args[0].annotation) if "patch" in marks and isinstance(node, ast.FunctionDef) else ""
+
+
+def described(node, name: str, notes: Comments, depth: int = 0, added: list = ()) -> str:
+    "One function or class as a Sphinx directive; `added`: functions that later cells add to classes"
     fence, method = ":" * (6 - depth), depth > 0
     if isinstance(node, ast.ClassDef):
         inner = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
         fields = [n for n in node.body if isinstance(n, ast.AnnAssign)]
         head = signature(inner, True) if inner else signature(ast.parse(f"def f({', '.join(map(ast.unparse, fields))}): pass").body[0], False) if fields else ""
         known, _ = docments(inner, notes) if inner else ({n.target.id: notes[n.end_lineno] for n in fields if n.end_lineno in notes}, "")
-        members = [n for n in node.body if isinstance(n, ast.FunctionDef) and not n.name.startswith("_")]
+        members = [n for n in [*node.body, *(f for f in added if added_to(f) == name)] if isinstance(n, ast.FunctionDef) and not n.name.startswith("_")]
         kind, out = "class", ""
     else:
         kind, head, (known, out), members = ("method" if method else "function"), signature(node, method), docments(node, notes), []
         decorators = {ast.unparse(d) for d in node.decorator_list}
-        if method and decorators & {"property", "cached_property", "functools.cached_property"}: kind, head = "property", ""
+        if method and decorators & {"property", "cached_property", "functools.cached_property", "patch(as_prop=True)"}: kind, head = "property", ""
     lines = [f"{fence}{{py:{kind}}} {name}{head}", "", prose(node), ""]
     lines += [f":param {p}: {escaped(text)}" for p, text in known.items()] + ([f":returns: {escaped(out)}"] if out else []) + [""]
     lines += [described(m, m.name, notes, depth + 1) for m in members]
@@ -164,12 +175,12 @@ def api_page(path: Path) -> str:
     tree, notes = ast.parse(source), Comments(source)
     module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
     names = next(ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__")
-    defined = {n.name: n for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    defined = {n.name: n for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not added_to(n)}
     values = {ast.unparse(t): n for n in tree.body if isinstance(n, (ast.Assign, ast.AnnAssign)) for t in (n.targets if isinstance(n, ast.Assign) else [n.target])}
     home = re.search(r"File to edit: [./]*(nbs/\S+\.ipynb)", source)[1]
     lines = [f"# adcam.{module.removeprefix('adcam.')}", f"> {prose(tree)}", f"Explained in [{Path(home).stem}](../{home}).", f"```{{py:module}} {module}\n```"]
     for name in names:
-        if name in defined: lines.append(described(defined[name], name, notes))
+        if name in defined: lines.append(described(defined[name], name, notes, added=[n for n in tree.body if added_to(n)]))
         elif name in values:
             text = ast.unparse(values[name].value)
             text = json.dumps(text if len(text) <= 90 else f"{text[:87]} …", ensure_ascii=False)
@@ -198,13 +209,20 @@ def short(path: Path) -> str:
     return re.split(r": ", title_of(path))[0] if path.parent.name == "paper" else title_of(path)
 
 
+def badges(repository: str) -> str:
+    "Badges that open the notebooks where nothing has to be installed"
+    binder = f"https://mybinder.org/v2/gh/{repository}/main?urlpath=lab/tree/nbs/index.ipynb"
+    colab = f"https://colab.research.google.com/github/{repository}/blob/main/nbs/colab.ipynb"
+    return f"[![Open in Binder](https://mybinder.org/badge_logo.svg)]({binder}) [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({colab})"
+
+
 def landing(entries: dict[str, list[str]]) -> str:
     "The README with the table of contents; its pictures and links are relative to the root, as here"
     text = re.sub(r"^<!--.*?-->\s*", "", (ROOT / "README.md").read_text(), flags=re.S)
     text = re.sub(r"\]\(nbs/paper\)", "](nbs/paper/claims.ipynb)", re.sub(r"\]\(nbs/course/?\)", "](nbs/course/)", text))
-    text = re.sub(r"\[!\[[^\]]*\]\(https?:[^)]*\)\]\([^)]*\)\s*", "", text)  # badges are pictures from elsewhere
+    text = re.sub(r"\[!\[([^\]]*)\]\(https?:[^)]*\)\]\(", r"[\1](", text)  # a badge is a picture from elsewhere: its words are enough
     trees = [f"```{{toctree}}\n:hidden:\n:caption: {p}\n\n" + "\n".join(entries[p]) + "\n```" for p in PARTS if entries.get(p)]
-    return text + "\n" + "\n\n".join(trees) + "\n"
+    return relinked(text) + "\n" + "\n\n".join(trees) + "\n"
 
 
 def prepare(src: Path) -> None:
@@ -215,20 +233,22 @@ def prepare(src: Path) -> None:
     notebooks = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts and p.name != "index.ipynb" and not p.name.startswith("_"))
     for path in notebooks:
         name = path.relative_to(ROOT / "nbs").with_suffix("").as_posix()
-        nb = notebook_page(path, sorted((ROOT / "results").glob(f"*/{path.name}")))
-        if name.startswith("paper/"): with_results(nb, path.stem)
-        write(src / "nbs" / f"{name}.ipynb", nbformat.writes(nb))
         write(src / "files/nbs" / f"{name}.ipynb", path.read_text())
+        if path.parent.name == "student": continue  # to download from the lesson's page
+        nb = notebook_page(path, sorted((ROOT / "results").glob(f"*/{path.name}")))
+        write(src / "nbs" / f"{name}.ipynb", nbformat.writes(nb))
         entries[part(name)].append(f"{short(path)} <nbs/{name}>")
     for path in sorted((ROOT / "adcam").rglob("*.py")):
         if path.name.startswith("_"): continue
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
         write(src / f"api/{module}.md", api_page(path))
     write(src / "api/index.md", "# API\n\n> Every public name, from the comments that stand beside its parameters.\n\n```{toctree}\n:maxdepth: 2\n:glob:\n\nadcam.*\n```\n")
-    for name in ("DEPARTURES.md", "LICENSE", "CITATION.cff", "constraints.txt"): write(src / name, (ROOT / name).read_text())
+    for name in ("DEPARTURES.md", "LICENSE", "CITATION.cff", "constraints.txt"): write(src / name, relinked((ROOT / name).read_text()))
     for path in committed(ROOT / "results"):
         if path.suffix in (".png", ".md", ".json", ".csv"):
-            write(src / path.relative_to(ROOT), b"---\norphan: true\n---\n" * (path.suffix == ".md") + path.read_bytes())
+            head = f"---\norphan: true\nnosearch: true\n---\n# {path.stem} ({path.parent.name})\n\n" if path.suffix == ".md" else ""
+            write(src / path.relative_to(ROOT), head.encode() + path.read_bytes())
+    entries["Start"].insert(0, "What this is <self>")
     entries["Reference"] += ["api/index", "DEPARTURES"]
     write(src / "index.md", landing(entries))
     shutil.copy(Path(__file__).parent / "site.css", src / "_static")
@@ -236,6 +256,7 @@ def prepare(src: Path) -> None:
     [mathjax] = [f.locate() for f in importlib.metadata.files(package) if f.name == name]
     if hashlib.sha256(Path(mathjax).read_bytes()).hexdigest() != digest: raise SystemExit(f"{name} of {package} is not MathJax 3.2.2 as published")
     shutil.copy(mathjax, src / "_static")
+    write(src / "_static" / f"{name}.LICENSE.txt", f"{name} is MathJax 3.2.2, copyright The MathJax Consortium, under the Apache License 2.0:\n\n{(ROOT / 'LICENSE').read_text()}")
 
 
 def write(path: Path, content: str | bytes) -> None:
@@ -276,8 +297,11 @@ def faults(out: Path) -> list[str]:
 
 def main() -> int:
     ask = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    ask.add_argument("--badges", metavar="OWNER/NAME", help="only print the lines for a README on GitHub")
     ask.add_argument("out", nargs="?", default="_docs", type=Path, help="folder of the site, _docs by default")
-    out = ask.parse_args().out.resolve()
+    args = ask.parse_args()
+    if args.badges: return print(badges(args.badges)) or 0
+    out = args.out.resolve()
     prepare(SRC)
     shutil.rmtree(out, ignore_errors=True)
     built = subprocess.run([sys.executable, "-m", "sphinx", "-q", "-E", "-W", "--keep-going", "-b", "html", "-c", str(Path(__file__).parent), "-d", str(SRC.parent / "doctrees"), str(SRC), str(out)])

@@ -16,6 +16,9 @@ from conftest import ROOT
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+sys.path.insert(0, str(ROOT / "tools"))
+import contents  # noqa: E402
+
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 PAPER = [p for p in NOTEBOOKS if p.parent.name == "paper"]
 MODULES = [p for p in NOTEBOOKS if p.parent == ROOT / "nbs" and p.name[0].isdigit()]  # the others are pages: index, scaling
@@ -56,7 +59,8 @@ def test_notebook_is_clean(path):
     assert nb.metadata.kernelspec.name == "python3"
     for cell in nb.cells:
         assert cell.get("execution_count") is None, f"run nbdev_clean: cell {cell.id} keeps its execution count"
-        assert set(cell.metadata) <= {"tags"}, f"run nbdev_clean: cell {cell.id} keeps {set(cell.metadata)}"
+        assert set(cell.metadata) <= {"tags", "jupyter"}, f"run nbdev_clean: cell {cell.id} keeps {set(cell.metadata)}"
+        assert cell.metadata.get("jupyter", {"source_hidden": True}) == {"source_hidden": True}, f"cell {cell.id} keeps {cell.metadata.jupyter}"
         assert "injected-parameters" not in cell.metadata.get("tags", []), "papermill wrote into nbs/"
         for output in cell.get("outputs", []):
             assert output.output_type != "error", f"cell {cell.id} was committed with its error"
@@ -123,6 +127,17 @@ def test_committed_texts_name_no_machine_path():
     assert not found
 
 
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_contents_name_every_section(path):
+    listed = re.findall(r"\]\(#([^)]+)\)", read(path).cells[2].source)
+    assert listed == [h.replace("`", "").replace(" ", "-") for h in contents.headings([c | {"source": c.source} for c in read(path).cells])], "run tools/contents.py"
+
+
+def test_plumbing_is_folded_and_a_lesson_is_not():
+    assert contents.is_plumbing("#| hide\nx = 1") and contents.is_plumbing("#| export\nimport os") and contents.is_plumbing("#| export\ndef _check_config(c): pass")
+    assert not contents.is_plumbing("#| export\ndef affinity(edge): pass") and not contents.is_plumbing("show_images([])")
+
+
 # ---------------------------------------------------------------- exported modules
 
 @pytest.mark.parametrize("path", EXPORTED, ids=name_of)
@@ -141,7 +156,9 @@ def test_module_imports_nothing_of_the_workshop(path):
             found |= {a.name.split(".")[0] for a in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level:
             found.add(node.module.split(".")[0])
-    assert not found & {"fastcore", "nbdev", "execnb", "pytest", "hypothesis"}
+    assert not found & {"nbdev", "execnb", "pytest", "hypothesis"}
+    tools = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("fastcore")]
+    assert all(ast.unparse(n) == "from fastcore.basics import patch" for n in tools), "of fastcore a module needs `patch`, and no more"
 
 
 @pytest.mark.parametrize("path", EXPORTED, ids=name_of)
@@ -171,6 +188,13 @@ def test_modules_import_only_modules_above():
     assert not wrong
 
 
+@pytest.mark.parametrize("path", EXPORTED, ids=name_of)
+def test_module_imports_no_private_name_of_another(path):
+    found = [f"{node.module}.{a.name}" for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom) and (node.level or "adcam" in node.module)
+             for a in node.names if a.name.startswith("_")]
+    assert not found
+
+
 # ---------------------------------------------------------------- README, settings, packaging
 
 def test_readme_is_made_from_the_index():
@@ -190,6 +214,24 @@ def test_readme_links_exist():
     links = re.findall(r"\]\(([^)#\s]+)", text) + re.findall(r'src="([^"]+)"', text)
     missing = [x for x in links if not re.match(r"[a-z]+:", x) and not (ROOT / x).exists()]
     assert links and not missing
+
+
+def test_readme_of_the_package_index_needs_no_files_beside_it():
+    sys.path.insert(0, str(ROOT / "tools"))
+    try:
+        from dist import absolute, repository
+    finally:
+        sys.path.pop(0)
+    text = absolute((ROOT / "README.md").read_text(), "https://example.org/adcam", "main")
+    links = re.findall(r"\]\(([^)\s]+)", text) + re.findall(r'src="([^"]+)"', text)
+    assert links and all(re.match(r"https?:|#", x) for x in links) and repository()[0].startswith("https://")
+    assert "![" in text and re.search(r"!\[[^\]]*\]\(https://example.org/adcam/raw/main/results/", text)
+    assert absolute("[a](b.md) ![c](d.png) [![e](f.png)](g.md) [h](#i) [j](https://k.l)", "u", "m") == "[a](u/blob/m/b.md) ![c](u/raw/m/d.png) [![e](u/raw/m/f.png)](u/blob/m/g.md) [h](#i) [j](https://k.l)"
+
+
+def test_a_wheel_carries_notebooks_and_configs():
+    files = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["data-files"]
+    assert files == {"share/adcam/nbs/paper": ["nbs/paper/*.ipynb"], "share/adcam/configs": ["configs/*.yaml"]}
 
 
 def test_settings_agree_with_pyproject(settings, project):
@@ -263,12 +305,18 @@ def test_make_help_lists_every_target():
     assert set(re.findall(r"^  make ([\w-]+)", listed, re.M)) == set(phony)
 
 
+def test_make_help_says_how_long_a_figure_takes():
+    listed = subprocess.run(["make", "-s", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    silent = [line for line in listed.splitlines() if re.match(r"  make (fig|table|theorem|results|checkpoints|test|bench |photos|coco)", line) and not re.search(r"\(.*(min|minute|h|hours|days|seconds)\b", line)]
+    assert not silent
+
+
 @pytest.mark.parametrize("path", PAPER, ids=name_of)
 def test_make_runs_every_figure_at_full_size(path):
     target = {"fig4": "figure4"}.get(path.stem, path.stem)
     folder = {"photos": "photos", "coco": "coco", "claims": "claims"}.get(path.stem, "mini")
     plan = subprocess.run(["make", "-n", target, "VENV=", "DATA=x"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert "papermill -k python3 " in plan and f"{name_of(path)} results/{folder}/{path.stem}.ipynb -f configs/{path.stem}.yaml" in plan
+    assert re.search(rf"adcam\.cli paper {path.stem} -f configs/{path.stem}\.yaml .*--out results/{folder}$", plan, re.M)
 
 
 def test_checkpoints_are_small_and_installed():

@@ -1,0 +1,165 @@
+"""The course's students' versions and slides, made from the lessons with solutions in nbs/course.
+
+    python tools/course.py build            write nbs/course/student
+    python tools/course.py build --check    are they up to date? (exit code 1 if not)
+    python tools/course.py slides OUT --reveal DIR --mathjax DIR
+
+In a lesson, what stands between `# solution: BLANK` and `# end` becomes BLANK (several lines are separated by ` | `). Cells tagged
+`wrong`, cells that are exported into adcam.course, and hidden cells are left out; the checks are imported instead.
+"""
+import argparse
+import ast
+import hashlib
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from adcam.files import atomic_write
+
+ROOT = Path(__file__).resolve().parent.parent
+COURSE = ROOT / "nbs" / "course"
+BLANK = "  # your code"
+SOLUTION = re.compile(r"^( *)# solution: (.*)\n(?:.*\n)*?\1# end(?:\n|$)", re.M)
+
+
+def lessons(folder: Path = COURSE) -> list[Path]:
+    "The lessons with their solutions, in order."
+    return sorted(folder.glob("lesson*.ipynb"))
+
+
+def read(path: Path) -> dict:
+    "A notebook as plain JSON. `ValueError` for what is none."
+    try: nb = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as e: raise ValueError(f"{path.name} is no notebook: {e}") from None
+    if not isinstance(nb, dict) or not isinstance(nb.get("cells"), list): raise ValueError(f"{path.name} is no notebook: it has no cells")
+    return nb
+
+
+def source(cell: dict) -> str:
+    "The text of a cell, which JSON may hold as a list of lines."
+    text = cell.get("source", "")
+    return text if isinstance(text, str) else "".join(text)
+
+
+def tags(cell: dict) -> set:
+    return set(cell.get("metadata", {}).get("tags", []))
+
+
+def digest(text: str) -> str:
+    "Hash of a cell without blanks at line ends, so that an editor that strips them changes nothing."
+    return hashlib.sha256("\n".join(line.rstrip() for line in text.strip().splitlines()).encode()).hexdigest()
+
+
+def blanked(text: str, where: str = "") -> str:
+    "A cell with blanks instead of solutions. `ValueError` for a marker without its partner."
+    def blank(m): return "".join(f"{m[1]}{line}{BLANK}\n" for line in m[2].split(" | "))
+    out = SOLUTION.sub(blank, text + "\n").rstrip("\n")
+    if re.search(r"^ *# (solution:|end$)", out, re.M): raise ValueError(f"{where}: `# solution: BLANK` and `# end` must come in pairs, with the same indentation")
+    return out
+
+
+def is_kept(cell: dict) -> bool:
+    "Does a cell belong into the student's version?"
+    text = source(cell)
+    return "wrong" not in tags(cell) and not (cell["cell_type"] == "code" and re.match(r"#\| *(export|default_exp|hide)", text))
+
+
+def exported(nb: dict) -> list[str]:
+    "Public names that a lesson exports into adcam.course."
+    trees = [ast.parse(source(c)) for c in nb["cells"] if c["cell_type"] == "code" and source(c).startswith("#| export")]
+    return [n.name for t in trees for n in t.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_")]
+
+
+def student(path: Path) -> dict:
+    "The student's version of a lesson: blanks, no wrong answers, no outputs."
+    nb = read(path)
+    cells = [dict(c, source=source(c)) for c in nb["cells"] if is_kept(c)]
+    used = "\n".join(c["source"] for c in cells if c["cell_type"] == "code")
+    names = [n for n in exported(nb) if re.search(rf"\b{n}\b", used)]
+    for cell in (c for c in cells if c["cell_type"] == "code"):
+        cell["source"] = blanked(cell["source"], f"{path.name}, cell {cell['id']}") if "exercise" in tags(cell) else cell["source"]
+        cell.update(outputs=[], execution_count=None)
+    setup = next(c for c in cells if c["cell_type"] == "code")
+    setup["source"] = setup["source"].replace("set_style()", f"from adcam.course.{path.stem} import {', '.join(names)}\nset_style()", 1)
+    for cell in cells: cell["source"] = cell["source"].splitlines(keepends=True)
+    return dict(nb, cells=cells)
+
+
+def text_of(nb: dict) -> bytes:
+    return (json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode()
+
+
+def build(check: bool = False) -> int:
+    "Write the students' versions; with `check`, only compare. Exit code."
+    folder, stale = COURSE / "student", []
+    wanted = {p.name: text_of(student(p)) for p in lessons()}
+    folder.mkdir(exist_ok=True)
+    old = {p.name for p in folder.glob("*.ipynb")}
+    for name, content in wanted.items():
+        if name in old and (folder / name).read_bytes() == content: continue
+        stale.append(name)
+        if not check: atomic_write(folder / name, lambda to: to.write(content))
+    for name in sorted(old - wanted.keys()):
+        stale.append(name)
+        if not check: (folder / name).unlink()
+    if check and stale: print(f"nbs/course/student is out of date: {', '.join(stale)}; run `make course` and commit", file=sys.stderr)
+    else: print(f"{len(wanted)} students' versions in nbs/course/student, {len(stale)} of them {'to be ' if check else ''}changed")
+    return int(check and bool(stale))
+
+
+def slide_types(cells: list[dict]) -> list[dict]:
+    "Cells with the kind of slide that each begins: a heading opens a slide, a smaller one goes down, the rest follows."
+    out = []
+    for cell in cells:
+        text, kind = source(cell), "-"
+        if cell["cell_type"] == "markdown":
+            kind = "slide" if re.search(r"^#{1,2} ", text, re.M) else "subslide"
+        elif not is_kept(cell) or not cell.get("outputs") and "exercise" not in tags(cell): kind = "skip"
+        elif "exercise" in tags(cell): text = blanked(text)
+        cell = dict(cell, source=text, metadata=dict(cell.get("metadata", {}), slideshow=dict(slide_type=kind)))
+        if "check" in tags(cell): cell["metadata"]["slideshow"]["slide_type"] = "skip"  # its picture would give the answer away
+        out.append(cell)
+    return out
+
+
+def slides(out: Path, reveal: Path, mathjax: Path) -> int:
+    "Slides of every lesson as HTML that loads nothing from the network. Exit code."
+    import nbformat
+    from nbconvert import SlidesExporter
+    for folder, file, package in ((reveal, "dist/reveal.js", "reveal.js@4"), (mathjax, "es5/tex-chtml-full.js", "mathjax@3")):
+        if not (folder / file).is_file():
+            print(f"{folder} holds no {file}: get it where there is a network by `npm pack {package}`, extract it, and give its folder `package`", file=sys.stderr)
+            return 2
+    out.mkdir(parents=True, exist_ok=True)
+    for name, folder, parts in (("reveal.js", reveal, ("dist", "plugin/notes")), ("mathjax", mathjax, ("es5",))):
+        for part in parts: shutil.copytree(folder / part, out / name / part, dirs_exist_ok=True)
+    exporter = SlidesExporter(reveal_url_prefix="reveal.js", mathjax_url="mathjax/es5/tex-chtml-full.js", require_js_url="", jquery_url="",
+                              font_awesome_url="", widget_renderer_url="", mermaid_js_url="", reveal_scroll=True)
+    for path in lessons():
+        nb = read(path)
+        nb = nbformat.from_dict(dict(nb, cells=slide_types(nb["cells"])))
+        html, _ = exporter.from_notebook_node(nb, resources=dict(metadata=dict(name=path.stem)))
+        atomic_write(out / f"{path.stem}.html", lambda to: to.write(html.encode()))
+    print(f"{len(lessons())} decks in {out}: open lesson1.html in a browser, S shows the speaker's view")
+    return 0
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("build", help="write the students' versions").add_argument("--check", action="store_true", help="only say whether they are up to date")
+    deck = commands.add_parser("slides", help="slides of every lesson, for use without a network")
+    deck.add_argument("out", type=Path)
+    deck.add_argument("--reveal", type=Path, required=True, help="folder of the npm package reveal.js")
+    deck.add_argument("--mathjax", type=Path, required=True, help="folder of the npm package mathjax")
+    args = parser.parse_args(argv)
+    try: return build(args.check) if args.command == "build" else slides(args.out, args.reveal, args.mathjax)
+    except (ValueError, OSError) as e:
+        print(e, file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
