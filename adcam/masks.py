@@ -22,10 +22,9 @@ from .progress import tqdm
 from .branches import VOC_IMAGENET, TwoBranch, group_maps
 from .classifier import whole_image
 from .cost import picture_size
-from .data import Sample, find_images, folder, has_mask, image_of, label_of, mask_of, open_data, read_image, read_mask
+from .data import Sample, find_images, folder, has_mask, image_of, label_of, mask_of, open_data, read_image, read_mask, save_mask
 from .devices import pick_device
 from .files import atomic_write, claimed, read_json
-from .irnet import save_mask
 from .networks import build_network, network_name
 from .photo import find_groups, imagenet_names
 from .pipeline import Profile, profiles
