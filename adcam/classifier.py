@@ -4,31 +4,32 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'HEADS', 'bce_loss', 'MultiLabel', 'random_mask', 'square_colors', 'SingleLabel', 'TrainConfig',
-           'PretrainConfig', 'learning_rate', 'EpochBatches', 'PolySGD', 'Late', 'fit', 'train', 'pretrain',
-           'freeze_backbone', 'Features', 'cached_features', 'HeadsConfig', 'train_heads', 'save_weights']
+           'PretrainConfig', 'learning_rate', 'PolySGD', 'fit', 'train', 'pretrain', 'freeze_backbone', 'Features',
+           'whole_image', 'cached_features', 'HeadsConfig', 'train_heads', 'EpochBatches', 'Late', 'save_weights']
 
 # %% ../nbs/04_classifier.ipynb #d91be0e5
-import hashlib, io, json, math, warnings, zipfile
-import numpy as np, torch, torch.distributed as dist, torch.nn.functional as F
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields
-from functools import partial
+import hashlib, math, warnings, zipfile
+import numpy as np, torch, torch.nn.functional as F
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from PIL import Image
-from safetensors.torch import save
-from timm.layers import BatchNormAct2d, DropPath
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
-from tqdm.auto import tqdm
+from .progress import tqdm
 from .conformer import Conformer
 from .data import TrainViews, normalized, to_tensor
-from .devices import PRECISIONS, memory_for, numerics, tf32
-from .training import arithmetic, device_of, make_accelerator, origin, precision_name
-from .files import atomic_write, difference, one_at_a_time
+from .devices import memory_for, numerics, tf32
+from .files import atomic_write, one_at_a_time
+from .training import (EpochBatches, Late, arithmetic, check_mixed_precision, check_numbers, device_of, make_accelerator, my_rows, need, origin, precision_name,
+                            read_run, save_weights, settings_of, train_epochs, train_mode, whole_batch)
+
+# %% ../nbs/04_classifier.ipynb #99a605d7
+_all_ = ["EpochBatches", "Late", "save_weights"]  # of the loop, told in 03b
 
 # %% ../nbs/04_classifier.ipynb #a9777ff0
 def bce_loss(logits:Tensor, # (B,K) one logit per class
@@ -71,12 +72,6 @@ def random_mask(batch:int, # B
     hidden = (order < round(ratio*rows*cols)).unflatten(1, (rows, cols))       # (B,rows,cols)
     return hidden.repeat_interleave(square, 1).repeat_interleave(square, 2)[:, :h, :w]
 
-# %% ../nbs/04_classifier.ipynb #b5ead925
-def _my_rows(draw, batch, share):
-    "Of `draw(n)`, made for the n = batch x processes images of all, the rows of this process"
-    rank, world = share
-    return draw(batch*world)[rank*batch:(rank+1)*batch]
-
 # %% ../nbs/04_classifier.ipynb #4484bcb3
 def square_colors(x:Tensor, # (B,3,H,W) normalized images
                   h:int, # rows of the token grid
@@ -111,7 +106,7 @@ class SingleLabel(nn.Module):
         if (y.sum(1)!=1).any(): raise ValueError(f"pre-training needs exactly one class per image, this batch has up to {int(y.sum(1).max())}; use Scenes('pretrain'), or train() for several labels")
         s, (H, W) = self.model.stride, x.shape[2:]
         draw = lambda n: random_mask(n, H//s, W//s, self.mask_ratio, self.mask_square, x.device)
-        hidden = _my_rows(draw, len(x), self.share)                                         # (B,h,w)
+        hidden = my_rows(draw, len(x), self.share)                                         # (B,h,w)
         seen = x.masked_fill(hidden.repeat_interleave(s, 1).repeat_interleave(s, 2)[:, None], 0.)  # 0 is the mean color
         conv_map, tokens = self.model.features(seen)                                        # (B,C,h,w), (B,1+N,D)
         conv, trans = (F.cross_entropy(z, y.argmax(1)) for z in self.model.heads(conv_map, tokens))
@@ -179,37 +174,13 @@ def learning_rate(step:int, # 0 .. total-1
 # %% ../nbs/04_classifier.ipynb #2b01af3d
 def _check_config(c):
     "Refuse settings that cannot work, in words"
-    def need(ok, name, rule):
-        if not ok: raise ValueError(f"{name} is {getattr(c, name)!r}; it must be {rule}")
-    for name in ("epochs", "batch"): need(getattr(c, name)>=1, name, "at least 1")
-    for f in fields(c): need(not f.name.startswith("lr_") or getattr(c, f.name)>0, f.name, "above 0")
-    for name in ("weight_decay", "warmup", "workers", "seed"): need(getattr(c, name)>=0, name, "at least 0")
-    for name in ("schedule_vit", "schedule_cnn"): need(getattr(c, name) in SCHEDULES, name, f"one of {', '.join(SCHEDULES)}")
-    need(precision_name(c.mixed_precision) in PRECISIONS, "mixed_precision", f"one of {', '.join(PRECISIONS)}")
+    rates = [f.name for f in fields(c) if f.name.startswith("lr_")]
+    check_numbers(c, at_least_1=("epochs", "batch"), above_0=rates, at_least_0=("weight_decay", "warmup", "workers", "seed"))
+    for name in ("schedule_vit", "schedule_cnn"): need(c, getattr(c, name) in SCHEDULES, name, f"one of {', '.join(SCHEDULES)}")
+    check_mixed_precision(c)
     if isinstance(c, PretrainConfig):
-        need(0<=c.mask_ratio<1, "mask_ratio", "at least 0 and below 1")
-        for name in ("mask_square", "mask_grid"): need(getattr(c, name)>=1, name, "at least 1")
-
-# %% ../nbs/04_classifier.ipynb #6e574789
-class EpochBatches(Sampler):
-    "Index lists of one epoch for one process; the order depends on (seed, epoch) only, the last incomplete batch is dropped"
-    def __init__(self,
-                 n:int, # images
-                 batch:int, # images per step, over all processes
-                 seed:int=0, # of the order
-                 rank:int=0, # this process
-                 world:int=1 # number of processes
-                ):
-        if batch%world: raise ValueError(f"batch {batch} cannot be shared evenly by {world} processes; choose a multiple of {world}")
-        if n<batch: raise ValueError(f"{n} images do not fill one batch of {batch}; choose a smaller batch")
-        self.n, self.batch, self.seed, self.rank, self.share, self.epoch = n, batch, seed, rank, batch//world, 0
-
-    def __len__(self): return self.n//self.batch
-
-    def __iter__(self) -> Iterator[list[int]]:
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.n)         # (n,)
-        mine = order[:len(self)*self.batch].reshape(len(self), -1, self.share)[:, self.rank]  # (steps,share)
-        return iter(mine.tolist())
+        need(c, 0<=c.mask_ratio<1, "mask_ratio", "at least 0 and below 1")
+        check_numbers(c, at_least_1=("mask_square", "mask_grid"))
 
 # %% ../nbs/04_classifier.ipynb #bfd52020
 def _optimizer(task, c):
@@ -217,14 +188,17 @@ def _optimizer(task, c):
     cnn = {"model."+n for n in task.model.param_groups()["cnn"]}
     groups = [[p for n, p in task.named_parameters() if (n in cnn)==is_cnn and p.requires_grad] for is_cnn in (False, True)]
     if not any(groups): raise ValueError("every parameter of the network is frozen; set requires_grad of those that shall learn")
-    return torch.optim.AdamW([dict(params=g, lr=lr) for g, lr in zip(groups, (c.lr_vit, c.lr_cnn))], weight_decay=c.weight_decay)
+    return torch.optim.AdamW([dict(params=g, lr=lr, name=n) for g, lr, n in zip(groups, (c.lr_vit, c.lr_cnn), ("vit", "cnn"))], weight_decay=c.weight_decay)
 
 # %% ../nbs/04_classifier.ipynb #6ebf7c7d
 def _set_rates(optimizer, step, total, c):
-    "Write this step's learning rates into the optimizer and return them"
+    "Write this step's learning rates into the optimizer"
     rates = [learning_rate(step, total, b, s, c.power, c.warmup) for b, s in ((c.lr_vit, c.schedule_vit), (c.lr_cnn, c.schedule_cnn))]
     for group, lr in zip(optimizer.param_groups, rates): group["lr"] = lr
-    return dict(zip(("lr_vit", "lr_cnn"), rates))
+
+def _rates(optimizer):
+    "Learning rates of the groups, for the log"
+    return {f"lr_{g.get('name', i)}": g["lr"] for i, g in enumerate(optimizer.param_groups)}
 
 # %% ../nbs/04_classifier.ipynb #ca833d60
 class PolySGD(torch.optim.SGD):
@@ -254,10 +228,6 @@ def _own_optimizer(task, c, total):
         raise ValueError(f"the optimizer of {type(task).__name__} has no parameter that can learn; set requires_grad of those that shall")
     return own
 
-def _rates(optimizer):
-    "Learning rates of an optimizer with a schedule of its own"
-    return {f"lr_{g.get('name', i)}": g["lr"] for i, g in enumerate(optimizer.param_groups)}
-
 # %% ../nbs/04_classifier.ipynb #d30de504
 def _check_network(model, ds):
     "The contract of a trainable network, in words"
@@ -269,42 +239,6 @@ def _check_network(model, ds):
     odd = sorted(names ^ set(listed)) + [n for n in set(listed) if listed.count(n)>1]
     if odd: raise ValueError(f"param_groups() must name every parameter once, under 'vit' or 'cnn'; look at {odd[:4]}")
 
-# %% ../nbs/04_classifier.ipynb #15b71a70
-def _is_bn(m): return isinstance(m, nn.modules.batchnorm._BatchNorm)
-def _is_frozen(m): return any(True for _ in m.parameters(False)) and not any(p.requires_grad for p in m.parameters(False))
-
-# %% ../nbs/04_classifier.ipynb #0451db90
-def _train_mode(task, freeze_bn):
-    task.train()
-    for m in task.modules():
-        if _is_bn(m) and (freeze_bn or _is_frozen(m)): m.eval()
-
-# %% ../nbs/04_classifier.ipynb #3ca4b194
-def _write_run(acc, out, run, **state):
-    "What a later process needs to continue: last.pt. For people: log.jsonl and settings.json"
-    if acc.is_main_process:
-        buffer, scaler = io.BytesIO(), {} if acc.scaler is None else dict(scaler=acc.scaler.state_dict())  # fp16's loss scale
-        torch.save(dict(run, **scaler, **state), buffer)
-        atomic_write(out/"settings.json", lambda f: f.write(json.dumps(run["settings"], indent=1).encode()))
-        atomic_write(out/"log.jsonl", lambda f: f.write("".join(json.dumps(row)+"\n" for row in run["history"]).encode()))
-        atomic_write(out/"last.pt", lambda f: f.write(buffer.getvalue()))
-    acc.wait_for_everyone()
-
-def _save_state(acc, out, task, optimizer, run): _write_run(acc, out, run, task=acc.unwrap_model(task).state_dict(), optimizer=optimizer.state_dict())
-
-# %% ../nbs/04_classifier.ipynb #31e1bd4d
-def _load_state(acc, path, task, optimizer, run):
-    "Continue from last.pt; refuse a run that had other settings, data or processes"
-    try: state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # a torn file can fail in any way
-        raise ValueError(f"cannot read {path} ({type(e).__name__}); delete it to start again") from e
-    odd = difference(state["settings"], run["settings"])
-    if odd: raise ValueError(f"{path} was trained with other settings ({odd}); use another folder, the old values, or resume=False")
-    acc.unwrap_model(task).load_state_dict(state["task"])
-    optimizer.load_state_dict(state["optimizer"])
-    if "scaler" in state and acc.scaler is not None: acc.scaler.load_state_dict(state["scaler"])
-    return dict(run, epoch=state["epoch"], history=state["history"])
-
 # %% ../nbs/04_classifier.ipynb #4fba493b
 def _seed_epoch(seed, epoch):
     "Randomness of an epoch (drop path, masks) depends on (seed, epoch) only; all processes draw the same numbers"
@@ -313,8 +247,7 @@ def _seed_epoch(seed, epoch):
 # %% ../nbs/04_classifier.ipynb #a3770adc
 def _settings(task, ds, c, acc, accumulate=1):
     "What must be the same for a run to be continued"
-    data = ds.fingerprint() if hasattr(ds, "fingerprint") else f"{len(ds)} images"
-    same = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(c).items() if k not in ("workers", "mixed_precision")}
+    data, same = ds.fingerprint() if hasattr(ds, "fingerprint") else f"{len(ds)} images", settings_of(c)
     if accumulate>1: same["accumulate"] = accumulate
     code = sorted({m for m in ("adcam.classifier", "adcam.data", type(task).__module__, type(task.model).__module__) if m.startswith("adcam.")})
     return dict(same, task=type(task).__name__, stop_grad=getattr(task.model, "stop_grad", None), data=data, processes=acc.num_processes,
@@ -331,22 +264,7 @@ def _gradients(acc, task, x, y, parts):
         for name, v in losses.items(): total[name] = total.get(name, 0) + v.detach().float()/parts
     return total
 
-# %% ../nbs/04_classifier.ipynb #5abc1463
-class Late:
-    "Numbers on their way from the device"
-    def __init__(self,
-                 values:Tensor # (n,) of a step that has been started
-                ):
-        self.values, self.event = values.detach(), None
-        if not values.is_cuda: return
-        self.values, self.event = self.values.to("cpu", non_blocking=True), torch.cuda.Event()
-        self.event.record(torch.cuda.current_stream(values.device))
-
-    def tolist(self) -> list[float]:
-        "Wait for them, if they have not come yet"
-        if self.event is not None: self.event.synchronize()
-        return self.values.tolist()
-
+# %% ../nbs/04_classifier.ipynb #9106b113
 def _to_device(acc, x, y):
     "Views (B,3,crop,crop) in channels-last memory and labels (B,K) on the device; bytes are normalized there"
     if ((y<0) | (y>1)).any(): raise ValueError(f"labels must lie in [0,1], got values from {y.min():g} to {y.max():g}")
@@ -355,108 +273,9 @@ def _to_device(acc, x, y):
     pixels, box = (v.to(acc.device, non_blocking=True) for v in x)
     return normalized(pixels, box), y
 
-# %% ../nbs/04_classifier.ipynb #589c0559
-def _check_losses(optimizer, c, own, names, values):
-    "A loss that is no number ends the training, in words"
-    if all(map(math.isfinite, values)): return
-    rates = ", ".join(f"{k} {v:.3g}" for k, v in (_rates(optimizer) if own else dict(lr_vit=c.lr_vit, lr_cnn=c.lr_cnn)).items())
-    raise FloatingPointError(f"the loss became {dict(zip(names, values))}; lower the learning rates ({rates}), use clip_norm=1, or check the images for NaN")
-
-def _step(acc, task, optimizer, x, y, c, parts=1, own=False):
-    "One optimizer step; returns the names of the losses and their means over the processes, `Late`"
-    x, y = _to_device(acc, x, y)
-    optimizer.zero_grad()
-    losses = _gradients(acc, task, x, y, parts)
-    if c.clip_norm is not None: acc.clip_grad_norm_(task.parameters(), c.clip_norm)
-    late = Late(acc.reduce(torch.stack(list(losses.values())), "mean"))
-    if late.event is None: _check_losses(optimizer, c, own, losses, late.tolist())
-    optimizer.step()
-    return list(losses), late
-
-# %% ../nbs/04_classifier.ipynb #6aeebbba
-def _epoch(acc, task, optimizer, loader, run, c, bar, parts=1, own=False):
-    "One pass over the data; appends a row per step to run['history']. `own`: the optimizer has its own schedule"
-    total, step, waiting = c.epochs*len(loader), run["epoch"]*len(loader), []
-    def note(keep):
-        while len(waiting)>keep:
-            row, names, late, rates = waiting.pop(0)
-            values = late.tolist()
-            _check_losses(optimizer, c, own, names, values)
-            run["history"].append(dict(row, **dict(zip(names, values)), **rates))
-            bar.update()
-            bar.set_postfix(loss=f"{run['history'][-1]['loss']:.3f}")
-    for x, y in loader:
-        rates = {} if own else _set_rates(optimizer, step, total, c)
-        names, late = _step(acc, task, optimizer, x, y, c, parts, own)
-        step += 1
-        waiting.append((dict(step=step, epoch=run["epoch"]), names, late, rates or _rates(optimizer)))
-        note(keep=late.event is not None)
-    note(keep=0)
-
-# %% ../nbs/04_classifier.ipynb #ee8f1aef
-def _drop_rows(m, share, x):
-    "timm's drop path for the rows `x` of this process, out of a draw for the whole batch"
-    if m.drop_prob==0. or not m.training: return x
-    draw = lambda n: x.new_empty((n,) + (1,)*(x.ndim-1)).bernoulli_(1-m.drop_prob)      # (n,1,..)
-    keep = _my_rows(draw, len(x), share)
-    return x*(keep.div(1-m.drop_prob) if m.scale_by_keep else keep)
-
-# %% ../nbs/04_classifier.ipynb #05fc002f
-class _Average(torch.autograd.Function):
-    "Mean over the processes; its gradient is the mean of their gradients"
-    @staticmethod
-    def forward(ctx, v): return _Average.of(v)
-    @staticmethod
-    def backward(ctx, g): return _Average.of(g)
-    @staticmethod
-    def of(v):
-        v = v.detach().clone()
-        dist.all_reduce(v)
-        return v/dist.get_world_size()
-
-# %% ../nbs/04_classifier.ipynb #2688104a
-def _whole_batch_norm(m, average, x):
-    "BatchNorm `m` with statistics of the whole batch; `average` is the mean over the processes"
-    if not m.training: return type(m).forward(m, x)
-    dims, shape = [0, *range(2, x.ndim)], (1, -1) + (1,)*(x.ndim-2)
-    var, mine = torch.var_mean(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x, dims, correction=0)  # (C,), (C,)
-    mean = average(mine)                                             # (C,)
-    var = average(var + (mine-mean)**2)                              # (C,)
-    _track(m, mean, var, x.numel()//x.shape[1]*_processes())
-    scale = (var + m.eps).rsqrt() if m.weight is None else m.weight*(var + m.eps).rsqrt()
-    shift = -mean*scale if m.bias is None else m.bias - mean*scale   # (C,)
-    y = (x*scale.view(shape) + shift.view(shape)).to(x.dtype)
-    return m.act(m.drop(y)) if isinstance(m, BatchNormAct2d) else y  # timm's variant has its ReLU inside
-
-# %% ../nbs/04_classifier.ipynb #4f4359d4
-def _processes(): return dist.get_world_size() if dist.is_initialized() else 1
-
-@torch.no_grad()
-def _track(m, mean, var, n):
-    "Running statistics, as nn.BatchNorm2d keeps them: the variance is the unbiased one"
-    if m.running_mean is None: return
-    m.num_batches_tracked.add_(1)
-    momentum = m.momentum if m.momentum is not None else 1/m.num_batches_tracked.item()
-    m.running_mean.lerp_(mean.to(m.running_mean.dtype), momentum)
-    m.running_var.lerp_((var*n/(n-1)).to(m.running_var.dtype), momentum)
-
-# %% ../nbs/04_classifier.ipynb #57e59fbd
-@contextmanager
-def _whole_batch(task, acc, sync_bn):
-    "While this is open, drop path, masks and (if wanted) BatchNorm treat the batches of all processes as one"
-    share, new = (acc.process_index, acc.num_processes), {}
-    for m in task.modules() if share[1]>1 else ():
-        if isinstance(m, SingleLabel): m.share = share
-        if isinstance(m, DropPath): new[m] = partial(_drop_rows, m, share)
-        elif sync_bn and _is_bn(m): new[m] = partial(_whole_batch_norm, m, _Average.apply)
-    for m, forward in new.items(): m.forward = forward
-    try: yield
-    finally:
-        for m in new: del m.forward
-
 # %% ../nbs/04_classifier.ipynb #dda1159f
 def _warn_small_bn(task, acc, c):
-    small = acc.num_processes>1 and not (c.freeze_bn or c.sync_bn) and any(_is_bn(m) for m in task.modules())
+    small = acc.num_processes>1 and not (c.freeze_bn or c.sync_bn) and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in task.modules())
     if small and acc.is_main_process: warnings.warn(f"BatchNorm takes its statistics from {c.batch//acc.num_processes} images per process instead of {c.batch}, so the result depends on the number of processes; sync_bn=True takes them from all")
 
 # %% ../nbs/04_classifier.ipynb #fc0e4410
@@ -470,7 +289,26 @@ def _loader(acc, ds, c):
     views = TrainViews(ds, c.crop, c.resize, c.seed, pixels=acc.device.type=="cuda")
     order = EpochBatches(len(views), c.batch, c.seed, acc.process_index, acc.num_processes)
     loader = DataLoader(views, batch_sampler=order, num_workers=c.workers, persistent_workers=c.workers>0, pin_memory=acc.device.type=="cuda")
-    return views, order, loader
+    return loader
+
+# %% ../nbs/04_classifier.ipynb #ca34c0fb
+def _loop(acc, task, optimizer, run, c, loader, bar, out, callback, parts=1, own=False):
+    "The loop of 03b with this training's gradients and rates. `own`: the optimizer has its own schedule"
+    total, model = c.epochs*len(loader), acc.unwrap_model(task).model
+    def gradients(batch):
+        losses = _gradients(acc, task, *_to_device(acc, *batch), parts)
+        if c.clip_norm is not None: acc.clip_grad_norm_(task.parameters(), c.clip_norm)
+        return losses
+    def before(step):
+        if not own: _set_rates(optimizer, step, total, c)
+    def begin(epoch): _seed_epoch(c.seed, epoch); train_mode(task, c.freeze_bn)
+    def done(epochs):
+        if callback and acc.is_main_process: callback(model.eval(), epochs, run["history"])
+    def remedy():
+        rates = _rates(optimizer) if own else dict(lr_vit=c.lr_vit, lr_cnn=c.lr_cnn)
+        return f"lower the learning rates ({', '.join(f'{k} {v:.3g}' for k, v in rates.items())}), use clip_norm=1, or check the images for NaN"
+    train_epochs(acc, task, optimizer, run, c.epochs, loader, gradients, out=out, begin=begin, done=done,
+                 bar=bar, remedy=remedy, before=before, columns=lambda: _rates(optimizer))
 
 # %% ../nbs/04_classifier.ipynb #8a536d85
 @one_at_a_time()
@@ -487,28 +325,24 @@ def fit(task:nn.Module, # MultiLabel, SingleLabel or another module with `model`
        ) -> list[dict]: # a row per step: step, epoch, losses, learning rates
     "The training loop of both steps; leaves `task.model` trained and in eval mode"
     _check_config(config)
-    c, model, last = config, task.model, None if out is None else Path(out)/"last.pt"
+    c, model, out = config, task.model, None if out is None else Path(out)
     _check_network(model, ds)
     acc = accelerator or _accelerator(c, model, device)
-    views, order, loader = _loader(acc, ds, c)
-    if accumulate<1 or order.share%accumulate: raise ValueError(f"accumulate is {accumulate}; it must divide the {order.share} images that a process has of every batch")
+    loader = _loader(acc, ds, c)
+    share, total = loader.batch_sampler.share, c.epochs*len(loader)
+    if accumulate<1 or share%accumulate: raise ValueError(f"accumulate is {accumulate}; it must divide the {share} images that a process has of every batch")
     if hasattr(model, "set_drop_path"): model.set_drop_path(c.drop_path)
     model.to(memory_format=torch.channels_last)  # a fifth faster on CPU, and what tensor cores want
     run = dict(epoch=0, history=[], settings=_settings(task, ds, c, acc, accumulate))
     _warn_small_bn(task, acc, c)
-    own = _own_optimizer(task, c, c.epochs*len(loader))
+    if isinstance(task, SingleLabel): task.share = (acc.process_index, acc.num_processes)
+    own = _own_optimizer(task, c, total)
     task, optimizer = acc.prepare(task, own or _optimizer(task, c))
-    if resume and last and last.exists(): run = _load_state(acc, last, task, optimizer, run)
-    with (_whole_batch(task, acc, c.sync_bn), arithmetic(acc.unwrap_model(task), c.mixed_precision, f"a step of {order.share//accumulate} views of {c.crop}x{c.crop}", "batch or crop, or accumulate more parts"),
-          tqdm(total=c.epochs*len(loader), initial=run["epoch"]*len(loader), disable=not (progress and acc.is_main_process)) as bar):
-        for epoch in range(run["epoch"], c.epochs):
-            views.set_epoch(epoch); order.epoch = epoch
-            _seed_epoch(c.seed, epoch)
-            _train_mode(task, c.freeze_bn)
-            _epoch(acc, task, optimizer, loader, run, c, bar, accumulate, own is not None)
-            run["epoch"] = epoch+1
-            if last: _save_state(acc, last.parent, task, optimizer, run)
-            if callback and acc.is_main_process: callback(model.eval(), epoch+1, run["history"])
+    if resume and out and (out/"last.pt").exists(): run = read_run(acc, out/"last.pt", run, task, optimizer)
+    size = f"a step of {share//accumulate} views of {c.crop}x{c.crop}"
+    with (whole_batch(task, acc, c.sync_bn), arithmetic(acc.unwrap_model(task), c.mixed_precision, size, "batch or crop, or accumulate more parts"),
+          tqdm(total=total, initial=run["epoch"]*len(loader), disable=not (progress and acc.is_main_process)) as bar):
+        _loop(acc, task, optimizer, run, c, loader, bar, out, callback, accumulate, own is not None)
     model.eval()
     return run["history"]
 
@@ -554,8 +388,11 @@ class Features(NamedTuple):
     labels: Tensor # (n,K) float32, image labels
 
 # %% ../nbs/04_classifier.ipynb #e62ba73d
-def _whole_image(image, size, stride):
-    "An image without crop or flip: long side about `size` pixels, both sides multiples of the stride -> (3,H,W)"
+def whole_image(image:np.ndarray, # (H,W,3) uint8
+                size:int|None, # long side in pixels, about; None keeps that of the image
+                stride:int # both sides become multiples of it
+               ) -> Tensor: # (3,H,W) normalized
+    "An image without crop or flip, ready for a network"
     H, W = image.shape[:2]
     long = max(H, W) if size is None else size
     h, w = (max(1, round(n*long/max(H, W)/stride))*stride for n in (H, W))
@@ -581,7 +418,7 @@ def _compute_features(model, ds, size, batch, progress):
         for i in tqdm(range(len(ds)), desc="features", unit="image", disable=not progress):
             s = ds[i]
             labels[i] = torch.as_tensor(np.asarray(s.label, np.float32))                 # (K,)
-            yield i, _whole_image(s.image, size, model.stride)
+            yield i, whole_image(s.image, size, model.stride)
     for group in _equal_sizes(images(), batch):
         conv, tokens = model.features(torch.stack([x for _, x in group]).to(device))     # (B,C,h,w), (B,1+N,D)
         pairs = zip(conv.float().mean((2, 3)).cpu(), tokens[:, 0].float().cpu())         # (C,), (D,)
@@ -694,16 +531,3 @@ def train_heads(model:nn.Module, # network with `features`, `heads`, `stride`, a
     try: return _fit_heads(model.eval(), Features(*(v.to(device) for v in f)), config)
     finally:
         for p, yes in zip(heads, learned): p.requires_grad_(yes); p.grad = None
-
-# %% ../nbs/04_classifier.ipynb #ab1f115b
-def save_weights(model:nn.Module, # network
-                 path:str|Path, # file to write, .safetensors
-                 dtype:torch.dtype=torch.float32 # of the parameters; float16 halves the file. Buffers keep their type
-                ) -> Path: # the file
-    "Write the weights as safetensors, in one move"
-    path, params = Path(path), {n for n, _ in model.named_parameters()}
-    state = {k: v.detach().cpu().to(dtype if k in params else v.dtype).contiguous() for k, v in model.state_dict().items()}
-    bad = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
-    if bad: raise ValueError(f"weights are not finite as {dtype}: {bad[:4]}; choose dtype=torch.float32, or train again if they hold NaN")
-    atomic_write(path, lambda f: f.write(save(state)))
-    return path

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['app', 'Data', 'Split', 'Images', 'Device', 'Precision', 'data_app', 'AnySize', 'Processes', 'Where', 'Network',
-           'Weights', 'CnnWeights', 'VitWeights', 'TrainingSeed', 'Coupled', 'irnet_app', 'Recipe', 'AllCores',
-           'SmallBackbone', 'Pair', 'segment_app', 'SegNet', 'SegProfile', 'Backbone', 'main', 'version', 'scenes',
-           'Kind', 'check', 'get', 'convert', 'weights', 'profile', 'seeds', 'seeds_check', 'seeds_merge', 'evaluate',
-           'train', 'train_heads', 'train_cam_command', 'train_recam_command', 'irnet_labels', 'irnet_train',
-           'irnet_masks', 'crf', 'segment_train', 'segment_predict', 'whole_run', 'explain', 'checkpoints', 'paper',
-           'bench']
+           'Weights', 'CnnWeights', 'VitWeights', 'TrainingSeed', 'Coupled', 'OnlyEstimate', 'Anyway', 'irnet_app',
+           'Recipe', 'AllCores', 'SmallBackbone', 'Pair', 'segment_app', 'SegNet', 'SegProfile', 'Backbone', 'Pictures',
+           'Overlay', 'ClassesWanted', 'BothNames', 'Trained', 'ClassNames', 'Layers', 'Threshold', 'MaskFolder',
+           'MapFolder', 'main', 'version', 'scenes', 'Kind', 'Published', 'check', 'get', 'convert', 'weights',
+           'profile', 'seeds', 'seeds_check', 'seeds_merge', 'evaluate', 'show', 'Form', 'export_command',
+           'import_command', 'train', 'train_heads', 'train_cam_command', 'train_recam_command', 'irnet_labels',
+           'irnet_train', 'irnet_masks', 'crf', 'segment_train', 'segment_predict', 'whole_run', 'own_masks', 'explain',
+           'checkpoints', 'paper', 'bench']
 
 # %% ../nbs/14_cli.ipynb #e9194bbd
 import contextlib
@@ -32,8 +34,8 @@ class _Commands(typer.core.TyperGroup):
             typer.echo("adcam: stopped. Finished files are kept; the same command continues", err=True)
             raise SystemExit(130) from None
 
-app = typer.Typer(name="adcam", cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
-                  epilog="Every command has its own --help. Errors in the input end with exit code 2 and one line that says what to do.")
+app = typer.Typer(name="adcam", cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+                  epilog="Every command has its own --help; `adcam --install-completion` teaches the shell their names. Errors in the input end with exit code 2 and one line that says what to do.")
 
 @app.callback()
 def _adcam() -> None:
@@ -130,6 +132,11 @@ class Kind(str, Enum):
     coco2014 = "coco2014"
     folder = "folder"
 
+class Published(str, Enum):
+    "Those that can be fetched and converted."
+    voc2012 = "voc2012"
+    coco2014 = "coco2014"
+
 AnySize = Annotated[bool, typer.Option("--any-size", help="Do not insist on the published counts; for a small tree.")]
 Processes = Annotated[int, typer.Option(min=1, help="Worker processes.")]
 Where = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the data set.")]
@@ -160,7 +167,7 @@ def check(
 # %% ../nbs/14_cli.ipynb #1e562936
 @data_app.command()
 def get(
-    kind: Annotated[Kind, typer.Argument(help="voc2012 or coco2014.")], where: Where,
+    kind: Annotated[Published, typer.Argument(help="voc2012 or coco2014.")], where: Where,
     local: Annotated[Optional[list[Path]], typer.Option(help="An archive that you have, under its own name; may be given several times.")] = None,
     test: Annotated[bool, typer.Option("--test", help="VOC: also the photographs of the test list.")] = False,
     any_size: AnySize = False, processes: Processes = 1,
@@ -172,7 +179,7 @@ def get(
 # %% ../nbs/14_cli.ipynb #fff1dbd0
 @data_app.command()
 def convert(
-    kind: Annotated[Kind, typer.Argument(help="voc2012 (SBD to masks, train_aug) or coco2014 (JSON to masks).")], where: Where,
+    kind: Annotated[Published, typer.Argument(help="voc2012 (SBD to masks, train_aug) or coco2014 (JSON to masks).")], where: Where,
     out: Annotated[Optional[Path], typer.Option(help="COCO: folder in VOC layout; DIR itself if not given.")] = None,
     splits: Annotated[str, typer.Option(help="COCO: splits, separated by commas.")] = "train,val",
     sbd: Annotated[Optional[Path], typer.Option(help="VOC: folder of SBD; looked for in DIR if not given.")] = None,
@@ -181,10 +188,8 @@ def convert(
     "Make masks of annotations. A run that was stopped continues; exit code 1 if images were skipped."
     from adcam.sources import coco_to_voc, convert_voc
     show = sys.stderr.isatty()
-    if kind is Kind.voc2012:
+    if kind is Published.voc2012:
         return _tell_tree(done=convert_voc(where, sbd, strict=not any_size, processes=processes, progress=show))
-    if kind is not Kind.coco2014:
-        raise ValueError("a folder of your own needs no conversion; choose voc2012 or coco2014")
     names = [s.strip() for s in splits.split(",") if s.strip()]
     done = [coco_to_voc(where, s, out, processes=processes, progress=show) for s in names]
     for name, d in zip(names, done):
@@ -300,6 +305,33 @@ def _numbers(text: str, name: str) -> tuple:
     except ValueError:
         raise ValueError(f"{name} is {text!r}; give numbers separated by commas, such as 1,0.5,1.5") from None
 
+# %% ../nbs/14_cli.ipynb #c0a5e107
+OnlyEstimate = Annotated[bool, typer.Option("--estimate", help="Only say how long it will take and how much memory it needs.")]
+Anyway = Annotated[bool, typer.Option("--anyway", help="Go on although the memory is too small by the estimate.")]
+
+def _tell_seeds_cost(model, ds, out: Path, method: str, views: dict, options: dict, precision: str, processes: int, only: bool, anyway: bool, force: bool) -> None:
+    "Print what the missing seeds will cost; where several processes are launched, nothing is said. An image that cannot be read is told later."
+    from dataclasses import replace
+    from adcam.cost import approve
+    from adcam.data import chosen
+    from adcam.pipeline import profiles
+    from adcam.run import estimate
+    from adcam.scenes import Scenes
+    from adcam.seeds import launched
+    if launched()[1] > 1:
+        return
+    try:
+        part = ds if isinstance(ds, Scenes) else chosen(ds, classes=True).ds
+        todo = [i for i, name in enumerate(part.ids) if force or not (out / f"{name}.npz").exists()]
+        if not todo:
+            return
+        found = estimate(replace(profiles["voc"], **views), model, part, method, options, processes=processes, precision=precision, todo=todo, lower="--scales, --processes, or the size of the photographs; or leave out the mirrored views (--no-flip)")
+    except (ValueError, OSError) as error:
+        if only or isinstance(error, MemoryError):
+            raise
+        return typer.echo(f"no estimate: {error}", err=True)
+    typer.echo(approve(found, anyway=anyway or only))
+
 # %% ../nbs/14_cli.ipynb #8a9045e5
 @app.command()
 def seeds(
@@ -320,6 +352,7 @@ def seeds(
     batch: Annotated[Optional[int], typer.Option(min=1, help="Images that go through the network together; 1 on a CPU, what the memory holds on a GPU, if not given.")] = None,
     workers: Annotated[Optional[int], typer.Option(min=0, help="Processes that read images ahead, where images go together; as many as are useful if not given.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace seeds made with other settings.")] = False,
+    only_estimate: OnlyEstimate = False, anyway: Anyway = False,
 ) -> None:
     "Extract seeds, one file per image. A run that was stopped continues; under torchrun each process takes its share."
     from dataclasses import replace
@@ -335,7 +368,11 @@ def seeds(
     place = pick_device(device)
     check_precision(precision, place)
     model = _network(network, len(ds.classes), weights, seed, coupled, cnn_weights, vit_weights).to(place)
-    done = extract_dataset(model, ds, out, method, scales=factors, flip=usual.flip if flip is None else flip, size_mode=size_mode or ("exact" if network == "resnet50" else usual.size_mode),
+    views = dict(scales=factors, flip=usual.flip if flip is None else flip, size_mode=size_mode or ("exact" if network == "resnet50" else usual.size_mode))
+    _tell_seeds_cost(model, ds, out, method, views, options, precision, processes, only_estimate, anyway, force)
+    if only_estimate:
+        return
+    done = extract_dataset(model, ds, out, method, **views,
                            precision=precision, processes=processes, batch=batch, workers=workers, force=force, **options)
     typer.echo(f"{done['computed']} seeds computed, {done['cached']} were there: {out}")
     _tell(Chosen(ds, [Skipped(*s) for s in done["skipped"]], done["unlabeled"], len(ds)))
@@ -377,7 +414,7 @@ def _rows(folder: Path, ds, fixed: float) -> tuple:
     from adcam.data import mask_of
     from adcam.evaluation import Sweep, side_by_side
     from adcam.seeds import load_seed
-    from tqdm import tqdm
+    from adcam.progress import tqdm
     counts, odd = Sweep(len(ds.classes), sorted({i / 100 for i in range(60)} | {fixed})), []
     for i in tqdm(range(len(ds)), desc="evaluate", unit="image"):
         path = folder / f"{ds.ids[i]}.npz"
@@ -399,7 +436,11 @@ def evaluate(
     out: Annotated[Optional[Path], typer.Option(help="Also write the numbers to OUT/seeds.json, with their origin.")] = None,
 ) -> None:
     "Score seeds against masks. mIoU, FP and FN at the best and at a fixed threshold."
-    from adcam.data import check_agreement
+    from adcam.data import check_agreement, has_mask, open_data
+    whole = None if data == "mini" else open_data(data, split, n, check=False)
+    if whole is not None and not any(has_mask(whole, i) for i in range(len(whole))):
+        raise ValueError(f"{data} has no masks, so nothing can be compared with the seeds. What tells something without masks: the mAP that every training prints (at chance, the maps mean nothing), "
+                         f"and your own eyes: adcam show {folder} --data {data} --out page.html. Twenty masks drawn by hand make a first number: MASKS/<photo>.png, 0 background, 1 to {len(whole.classes)} in the order of the classes")
     picked = _images(data, split, n, classes=True, masks=True, files=folder, suffix=".npz", complete=_AGAIN)
     ds = picked.ds
     if data != "mini":
@@ -417,7 +458,119 @@ def evaluate(
         typer.echo(f"wrote {save_result('seeds', kept, out, provenance(settings=settings, data={split: ds.fingerprint()}))}")
     _tell(picked)
 
+# %% ../nbs/14_cli.ipynb #7a216cd7
+def _shown(folder: Path, data: str, split: str, n: Optional[int]) -> tuple:
+    "What a folder holds (`kind_of`) and the images it belongs to; the folder may be a data set itself."
+    from adcam.data import KINDS
+    from adcam.show import kind_of
+    name = str(folder)
+    suffix = "" if name == "mini" or name.partition(":")[0] in KINDS else kind_of(folder)
+    return suffix, _images(data if suffix else name, split, n, masks=not suffix, **dict(files=folder, suffix=suffix) if suffix else {})
+
+# %% ../nbs/14_cli.ipynb #2b237cd5
+@app.command()
+def show(
+    folder: Annotated[Path, typer.Argument(help="Folder of seeds (ID.npz) or masks (ID.png), or a data set as --data names it: then its own masks are shown.")],
+    out: Annotated[Path, typer.Option(help="sheet.png, or page.html: one file with a slider for the threshold and a list of classes.")],
+    data: Data = "mini", split: Split = "train",
+    limit: Annotated[Optional[int], typer.Option("--limit", "--n", min=1, help="Only the first N images.")] = None,
+    threshold: Annotated[Optional[float], typer.Option(min=0.0, max=1.0, help="Of seeds; the best one where there is truth, else 0.3, if not given.")] = None,
+    cls: Annotated[Optional[str], typer.Option("--class", help="Only this class.")] = None,
+    size: Annotated[Optional[int], typer.Option(min=48, max=2000, help="Largest side of a picture in pixels; 480 on a page, 240 on a sheet, if not given.")] = None,
+    columns: Annotated[Optional[int], typer.Option(min=1, help="Of a sheet: photographs side by side.")] = None,
+    per_page: Annotated[int, typer.Option("--per-page", min=1, help="Of a sheet: photographs on one; more go to sheet-2.png and so on.")] = 60,
+) -> None:
+    "Show seeds or masks beside their photographs, with the errors where truth is there."
+    from adcam.show import class_number, gallery, numbers_line, write_show
+    suffix, picked = _shown(folder, data, split, limit)
+    number = None if cls is None else class_number(picked.ds.classes, cls)
+    page = out.suffix.lower() != ".png"
+    g = gallery(picked.ds, folder, suffix, size or (480 if page else 240), progress=sys.stderr.isatty())
+    picked = picked.also(g.skipped)
+    best = g.best()
+    t = threshold if threshold is not None else 0.3 if best is None else best
+    note = f"The threshold {best:.2f} is the best of these photographs: it was chosen with the truth." if best is not None and t == best else ""
+    files = write_show(out, g._replace(skipped=picked.skipped), t, number, columns, per_page, size or 240, f"{folder.name}, {split}", note)
+    typer.echo(f"{numbers_line(g, t, number)}{'; ' + note[0].lower() + note[1:-1] if note else ''}")
+    typer.echo(f"wrote {', '.join(map(str, files))} ({sum(f.stat().st_size for f in files) / 1e6:.1f} MB)")
+    _tell(picked)
+
+# %% ../nbs/14_cli.ipynb #220062e8
+class Form(str, Enum):
+    "Formats of correction tools."
+    coco = "coco"
+    labelme = "labelme"
+    cvat = "cvat"
+    voc = "voc"
+
+def _class_list(text: Optional[str]) -> Optional[tuple]:
+    "Class names from a file with a name per line, or separated by commas."
+    if text is None:
+        return None
+    from adcam.data import class_names
+    path = Path(text)
+    names = path.read_text(encoding="utf-8-sig").splitlines() if path.is_file() else text.split(",")
+    return class_names([n for n in names if n.strip()], text)
+
+# %% ../nbs/14_cli.ipynb #bc330937
+@app.command("export")
+def export_command(
+    folder: Annotated[Path, typer.Argument(metavar="MASKS", help="Folder of masks, ID.png.")],
+    to: Annotated[Form, typer.Option(help="coco (run lengths), labelme (polygons), cvat (CVAT for images 1.1, masks) or voc.")],
+    out: Annotated[Path, typer.Option(help="A new folder: annotations, and copies of the photographs.")],
+    data: Data = "mini", split: Split = "train",
+    limit: Annotated[Optional[int], typer.Option("--limit", "--n", min=1, help="Only the first N images.")] = None,
+    tolerance: Annotated[float, typer.Option(min=0.0, help="labelme: pixels by which an outline may move, so that it has few corners; 0 keeps every pixel.")] = 1.0,
+    min_area: Annotated[int, typer.Option("--min-area", min=0, help="labelme and cvat: leave out regions of fewer pixels.")] = 0,
+) -> None:
+    "Hand masks to a tool in which people correct them."
+    from adcam.export import export_masks
+    picked = _images(data, split, limit, files=folder, suffix=".png")
+    done = export_masks(picked.ds, folder, out, to.value, split, tolerance, min_area, progress=sys.stderr.isatty())
+    typer.echo(f"wrote {len(done.ids)} photographs with {done.shapes} {'files' if to is Form.voc else 'shapes'} to {out}")
+    if done.undecided:
+        how = dict(coco="in the field `ignore` of the image, which other programs pass over", voc="as 255").get(to.value, "as shapes named __ignore__")
+        typer.echo(f"{done.undecided} of them have undecided pixels (255), kept {how}")
+    _tell(picked.also(done.skipped))
+
+# %% ../nbs/14_cli.ipynb #03df2bfc
+@app.command("import")
+def import_command(
+    source: Annotated[Path, typer.Argument(metavar="FILE|FOLDER", help="What the tool wrote: a folder, a JSON or XML file, or CVAT's zip.")],
+    form: Annotated[Form, typer.Option("--from", help="coco, labelme, cvat or voc.")],
+    out: Annotated[Path, typer.Option(help="A new folder, in VOC layout: `adcam segment train --data voc:OUT`.")],
+    images: Annotated[Optional[Path], typer.Option(help="Folder of the photographs, if they do not lie beside the annotations.")] = None,
+    classes: Annotated[Optional[str], typer.Option(help="A file with a name per line, or names separated by commas, in the order of the mask numbers; the tool's list if not given.")] = None,
+    split: Annotated[str, typer.Option(help="Name of the list to write.")] = "train",
+) -> None:
+    "Make a data set of corrected masks."
+    from adcam.export import import_masks
+    done = import_masks(source, out, form.value, _class_list(classes), images, split, progress=sys.stderr.isatty())
+    typer.echo(f"{len(done.ids)} photographs with masks of {len(done.classes)} classes in {out}; `adcam segment train --data voc:{out} --split {split}` reads them")
+    if done.empty:
+        typer.echo(f"{len(done.empty)} masks have no object, first {done.empty[0]}")
+    _tell_skipped(done.skipped, len(done.ids) + len(done.skipped))
+
 # %% ../nbs/14_cli.ipynb #11d8bc29
+def _kept_back(ds, hold_out: bool) -> tuple:
+    "Images to learn from, images to judge, and what to call the latter."
+    from adcam.data import Subset
+    from adcam.learned import held_out
+    if not hold_out:
+        return ds, ds, "that it has learned from"
+    learn, judge = held_out(ds)
+    if not judge:
+        raise ValueError(f"{len(ds)} images are too few to hold a fifth back; leave --hold-out out")
+    return Subset(ds, learn), Subset(ds, judge), "held out"
+
+def _tell_learned(model, ds, on: str = "that it has learned from") -> None:
+    "mAP beside chance, and a warning in words where the classifier knows nothing."
+    from adcam.learned import learned, warning
+    found = learned(model, ds, on)
+    typer.echo(str(found))
+    if text := warning(found):
+        typer.echo(f"warning: {text}", err=True)
+
 @app.command()
 def train(
     out: Annotated[Path, typer.Option(help="Folder for weights.safetensors, last.pt and log.jsonl.")],
@@ -434,6 +587,7 @@ def train(
     freeze_bn: Annotated[bool, typer.Option("--freeze-bn", help="Keep the BatchNorm statistics of the start weights.")] = False,
     sync_bn: Annotated[bool, typer.Option("--sync-bn/--no-sync-bn", help="BatchNorm statistics of the whole batch, if there are several processes.")] = True,
     accumulate: Annotated[int, typer.Option(min=1, help="Parts into which a process cuts its share of a batch.")] = 1,
+    hold_out: Annotated[bool, typer.Option("--hold-out", help="Keep a fifth of the images out of the training and judge the classifier on it.")] = False,
     workers: Annotated[int, typer.Option(min=0, help="Processes that prepare views.")] = 0,
 ) -> None:
     "Train the two branches on image labels. One loss each; a run that was stopped continues."
@@ -443,18 +597,20 @@ def train(
     from adcam.run import train_config
     from adcam.seeds import launched
     usual, (ds, skipped) = profiles["mini" if data == "mini" else "voc"], _dataset(data, split, n, masks=False, workers=workers)
-    model = _two_branches(network, len(ds.classes), cnn_weights, vit_weights, seed, stop_grad=stop_grad)
+    total, model = len(ds) + len(skipped), _two_branches(network, len(ds.classes), cnn_weights, vit_weights, seed, stop_grad=stop_grad)
     if start is not None:
         _only_conformer(model, "--start")
         left = conformer.load_pretrained(model, start)
         typer.echo(f"started from {start}" + (f"; new: {', '.join(left)}" if left else ""))
+    ds, judged, on = _kept_back(ds, hold_out)
     given = {n: v for n, v in dict(epochs=epochs, batch=batch, crop=crop).items() if v is not None}
     rank, several = launched()
     config = train_config(usual, **given, seed=seed, mixed_precision=precision, workers=workers, freeze_bn=freeze_bn, sync_bn=sync_bn and several > 1 and not freeze_bn)
     train_network(model, ds, config, train_vit, out=out, accumulate=accumulate, device=device)
     if rank == 0:
-        typer.echo(f"wrote {save_trained(model, out / 'weights.safetensors', network)}")
-    _tell_skipped(skipped, len(ds) + len(skipped))
+        typer.echo(f"wrote {save_trained(model, out / 'weights.safetensors', network, classes=list(ds.classes))}")
+        _tell_learned(model, judged, on)
+    _tell_skipped(skipped, total)
 
 # %% ../nbs/14_cli.ipynb #a2c85b9b
 @app.command("train-heads")
@@ -470,15 +626,23 @@ def train_heads(
     "Train the two linear heads on a frozen backbone: each image passes it once, the rest takes seconds."
     from adcam import conformer
     from adcam.devices import pick_device
-    from adcam.classifier import HeadsConfig, train_heads as fit
+    from adcam.classifier import HeadsConfig, cached_features, train_heads as fit
+    from adcam.learned import held_out_logits, judge, warning
     from adcam.networks import save_trained
     ds, skipped = _dataset(data, split, n, masks=False)
     model = _two_branches(network, len(ds.classes), cnn_weights, vit_weights)
     if start is not None:
         _only_conformer(model, "--start")
         conformer.load_pretrained(model, start)
-    history = fit(model.to(pick_device(device)), ds, HeadsConfig(size=size, solver=solver), cache=out)
-    typer.echo(f"{len(history)} steps, loss {history[0]['loss']:.3f} -> {history[-1]['loss']:.3f}; wrote {save_trained(model, out / 'weights.safetensors', network)}")
+    config, model = HeadsConfig(size=size, solver=solver), model.to(pick_device(device))
+    features = cached_features(model, ds, size, batch=config.batch, cache=out)
+    found = judge(held_out_logits(model, features, config), features.labels.numpy()) if len(ds) > 1 else None
+    history = fit(model, features, config)
+    typer.echo(f"{len(history)} steps, loss {history[0]['loss']:.3f} -> {history[-1]['loss']:.3f}; wrote {save_trained(model, out / 'weights.safetensors', network, classes=list(ds.classes))}")
+    if found is not None:
+        typer.echo(f"{found}")
+        if text := warning(found):
+            typer.echo(f"warning: {text}", err=True)
     _tell_skipped(skipped, len(ds) + len(skipped))
 
 # %% ../nbs/14_cli.ipynb #c41f36d7
@@ -514,6 +678,7 @@ def train_cam_command(
     history = train_cam(net, ds, config, out=out, device=device)
     save_weights(net, out / "weights.safetensors")
     typer.echo(f"{len(history)} steps on {len(ds)} images, loss {history[-1]['loss']:.3f}; wrote {out / 'weights.safetensors'}")
+    _tell_learned(net, ds)
     _tell_skipped(skipped, len(ds) + len(skipped))
 
 # %% ../nbs/14_cli.ipynb #6c5fb161
@@ -543,6 +708,7 @@ def train_recam_command(
         model.freeze("bn1")
     history = train_recam(model, ds, config, out=out, device=device)
     typer.echo(f"{len(history)} steps, loss {history[0]['loss']:.3f} -> {history[-1]['loss']:.3f}; wrote {save_weights(model, out / 'weights.safetensors')}")
+    _tell_learned(model, ds)
     _tell_skipped(skipped, len(ds) + len(skipped))
 
 # %% ../nbs/14_cli.ipynb #9f190386
@@ -772,14 +938,14 @@ def _none_or(name: str, text: str):
 def _seg_config(profile, change: list, **given):
     "The recipe of the profile's network, changed by `--set name=value` and by what was given."
     from dataclasses import fields
-    from adcam.run import _as_type, segmentation_config
+    from adcam.run import as_type, segmentation_config
     usual, changes = segmentation_config(profile), {}
     for item in change:
         name, _, value = item.partition("=")
         if name not in {f.name for f in fields(usual)} or not value:
             raise ValueError(f"--set {item}: give name=value with one of {', '.join(f.name for f in fields(usual))}")
         old = getattr(usual, name)
-        changes[name] = _none_or(name, value) if old is None else _as_type(name, value, old)
+        changes[name] = _none_or(name, value) if old is None else as_type(name, value, old)
     return segmentation_config(profile, **changes | {n: v for n, v in given.items() if v is not None})
 
 # %% ../nbs/14_cli.ipynb #3b2187b7
@@ -874,6 +1040,10 @@ def segment_predict(
     _tell(picked)
 
 # %% ../nbs/14_cli.ipynb #e3e63102
+def _budget(only: bool, anyway: bool) -> str:
+    "What `adcam.run.run` is to do with the estimate."
+    return "only" if only else "tell" if anyway else "check"
+
 @app.command("run")
 def whole_run(
     out: Annotated[Path, typer.Option(help="Folder of the run; give the same one to continue.")],
@@ -886,7 +1056,9 @@ def whole_run(
     trained: Annotated[Optional[Path], typer.Option(help="A trained classifier: no training.")] = None,
     resnet: Annotated[Optional[str], typer.Option(help="ImageNet weights of IRNet's ResNet-50: a file, or `timm` to download them.")] = None,
     method: Annotated[str, typer.Option(help="How class maps are made; see `adcam seeds`.")] = "ad_cam",
-    refine: Annotated[str, typer.Option(help="How seeds become masks: irn or psa.")] = "irn",
+    heads: Annotated[bool, typer.Option("--heads", help="Train only the two linear heads, on features that are computed once; every image is held out in its turn.")] = False,
+    refine: Annotated[str, typer.Option(help="How seeds become masks: irn, psa, or none for a threshold only.")] = "irn",
+    crf: Annotated[bool, typer.Option("--crf", help="A CRF after that; its masks go to OUT/crf_masks.")] = False,
     segment: Annotated[bool, typer.Option("--segment", help="Go on: train the segmentation network on the pseudo masks, predict the profile's test split.")] = False,
     init: Annotated[Optional[str], typer.Option(help="Start weights of the segmentation network: a file, or `timm` to download ImageNet's.")] = None,
     change: Annotated[Optional[list[str]], typer.Option("--set", help="name=value of a setting; may be given several times.")] = None,
@@ -894,6 +1066,7 @@ def whole_run(
     processes: Annotated[int, typer.Option(min=1, help="Worker processes for seeds, labels and walks.")] = 1,
     workers: Annotated[int, typer.Option(min=0, help="Processes that prepare training views.")] = 0,
     precision: Precision = "fp32", device: Device = "auto",
+    only_estimate: OnlyEstimate = False, anyway: Anyway = False,
 ) -> None:
     "From images with labels to pseudo masks, or to predictions. Every stage of the package; a run that was stopped continues."
     from adcam.pipeline import profiles
@@ -904,131 +1077,212 @@ def whole_run(
         raise ValueError(f"the profile {profile} needs --data DIR; `adcam data get {'coco2014' if profile == 'coco' else 'voc2012'} DIR` fetches it")
     changes = [*(with_network(network) if network else ()), *(change or [])]
     done = all_stages(override(profiles[profile], changes), data or "mini", out, method=method, limit=limit, weights=weights, trained=trained, resnet=resnet, cnn_weights=cnn_weights, vit_weights=vit_weights,
-                      refine=refine, segment=segment, init=init, seed=seed, processes=processes, workers=workers, progress=sys.stderr.isatty(), device=device, precision=precision)
+                      heads=heads, refine=refine, crf=crf, segment=segment, init=init, seed=seed, processes=processes, workers=workers, progress=sys.stderr.isatty(), device=device, precision=precision,
+                      budget=_budget(only_estimate, anyway))
+    if only_estimate:
+        return
     typer.echo(f"wrote {out / 'run.json'}")
     if done.unlabeled:
         typer.echo(f"{len(done.unlabeled)} images without a class were left out, first {done.unlabeled[0]}", err=True)
     _tell_skipped(done.skipped, done.total)
 
+# %% ../nbs/14_cli.ipynb #c0a5e103
+_OWN = "tf_efficientnet_lite0+vit_small_patch14_dinov2"
+
+@app.command("masks")
+def own_masks(
+    folder: Annotated[str, typer.Argument(help="Folder of photographs, with labels.csv or a sub-folder per class; or a folder in VOC layout.")],
+    out: Annotated[Optional[Path], typer.Option(help="Folder of the run, outside of FOLDER; FOLDER-masks beside it if not given. The masks are in OUT/masks.")] = None,
+    labels: Annotated[Optional[Path], typer.Option(help="Table of labels: header `id,labels`, a line `PHOTO,class;class` per photograph. FOLDER/labels.csv if not given.")] = None,
+    classes: Annotated[str, typer.Option(help='Groups of ImageNet classes, "bus=minibus,school bus;cat": nothing is trained. Without labels, ImageNet also says what is where.')] = "",
+    network: Annotated[str, typer.Option(help="A pair CNN+VIT of timm's names; mini for Scenes.")] = _OWN,
+    cnn_weights: CnnWeights = None, vit_weights: VitWeights = None,
+    random_weights: Annotated[bool, typer.Option("--random-weights", help="No weights at all, to try the command.")] = False,
+    size: Annotated[Optional[int], typer.Option(min=16, help="Long side in pixels that goes through the networks; larger photographs are shrunk, their masks enlarged. 640 for a pair.")] = None,
+    threshold: Annotated[Optional[float], typer.Option(min=0., max=.99, help="Heat above which a pixel belongs to a class, 0 to 1.")] = None,
+    crf: Annotated[bool, typer.Option("--crf/--no-crf", help="Move the edges of the masks to edges of the photograph.")] = True,
+    refine: Annotated[str, typer.Option(help="none, or a walk that learns boundaries first: irn or psa; longer.")] = "none",
+    method: Annotated[str, typer.Option(help="How class maps are made; see `adcam seeds`.")] = "ad_cam",
+    split: Split = "train",
+    limit: Annotated[Optional[int], typer.Option(min=1, help="Only so many photographs, through every stage.")] = None,
+    change: Annotated[Optional[list[str]], typer.Option("--set", help="name=value of a setting; may be given several times.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the trainings.")] = 0,
+    processes: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 1,
+    device: Device = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Replace masks made with other settings, such as another --threshold; corrected ones too.")] = False,
+    only_estimate: OnlyEstimate = False, anyway: Anyway = False,
+) -> None:
+    "Masks for a folder of photographs, with public networks. A run that was stopped continues."
+    from adcam.masks import make_masks
+    out = out or Path("scenes-masks" if folder == "mini" else f"{folder.rstrip('/')}-masks")
+    done = make_masks(folder, out, labels=labels, classes=classes, network=network, cnn_weights=cnn_weights, vit_weights=vit_weights, random_weights=random_weights, size=size,
+                      threshold=threshold, crf=crf, refine=refine, change=change or [], split=split, budget=_budget(only_estimate, anyway), limit=limit,
+                      progress=sys.stderr.isatty(), device=device, method=method, seed=seed, processes=processes, force=force)
+    typer.echo(f"labels: {done.opened.table}" + (f"; not in --classes: {', '.join(done.opened.ds.left_out)}" if done.opened.ds.left_out else ""))
+    if done.opened.nothing:
+        typer.echo(f"nothing was found in {len(done.opened.nothing)} photographs, first {done.opened.nothing[0]}: write their classes into {out / 'labels.csv'} and run again", err=True)
+    if only_estimate:
+        return
+    typer.echo(f"wrote {done.count} masks: {done.folder}  (0 background, " + ", ".join(f"{k} {c}" for k, c in enumerate(done.classes, 1)) + ")")
+    if (out / "labels.csv").exists():
+        typer.echo(f"to look at them, copy {out / 'labels.csv'} and {out / 'classes.txt'} into {folder}, which makes it a data set; then:")
+    typer.echo(f"adcam show {done.folder} --data {folder} --out {out / 'page.html'}")
+    _tell_skipped(done.run.skipped, done.run.total)
+
+# %% ../nbs/14_cli.ipynb #bbfb1224
+_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
+
+def _pictures(given: list) -> list:
+    "(file, its name in results) for every picture among the words of a command line; folders are opened."
+    files, names = [], []
+    for word in given:
+        folder = Path(word)
+        inside = sorted(p for p in folder.iterdir() if p.suffix.lower() in _PICTURES and not p.name.startswith(".")) if folder.is_dir() else [word]
+        if not inside:
+            raise ValueError(f"no picture in {folder}: expected files that end in {', '.join(_PICTURES)}")
+        files += inside
+    for file in files:
+        stem = Path(file).stem
+        names.append(next(n for n in (stem, *(f"{stem}-{i}" for i in range(2, len(files) + 2))) if n not in names))
+    return list(zip(files, names))
+
+# %% ../nbs/14_cli.ipynb #6d66f538
+def _class_names(text: Optional[str]) -> Optional[list]:
+    "Names between commas, or the lines of a file."
+    if text is None:
+        return None
+    lines = Path(text).read_text(encoding="utf-8").splitlines() if Path(text).is_file() else text.split(",")
+    return [s.strip() for s in lines if s.strip()]
+
+def _both(network: Optional[str], cnn: str, vit: str) -> tuple:
+    "The names of a pair: of --network if it is given."
+    from adcam.networks import network_name
+    if network is None:
+        return cnn, vit
+    what = network_name(network)
+    if what.kind != "pair":
+        raise ValueError(f"--network {network}: a picture needs a pair CNN+VIT; or name --cnn and --vit, or a trained network by --weights")
+    return what.cnn, what.vit
+
+def _own_network(weights: Path, cnn: Optional[Path], vit: Optional[Path], network: Optional[str], names: Optional[list]) -> tuple:
+    "A trained network and the names of its classes, as far as they are known."
+    from adcam.networks import build_network, network_settings, open_network
+    told = network_settings(weights)
+    if told:
+        return open_network(weights, cnn, vit), names or told.get("classes")
+    if network is None or names is None:
+        raise ValueError(f"{weights} does not say which network it is: give --network and --class-names")
+    return build_network(network, len(names), weights=weights).eval(), names
+
+# %% ../nbs/14_cli.ipynb #e42fa914
+Pictures = Annotated[list[str], typer.Argument(help="Pictures (JPEG, PNG, WebP, TIFF, BMP), or folders of them.")]
+Overlay = Annotated[Optional[Path], typer.Option(help="Picture to write: .png, .jpg, .pdf or .svg; of several photographs the folder for them. overlay.png or overlays if not given.")]
+ClassesWanted = Annotated[Optional[str], typer.Option(help="Names, synsets or numbers, separated by commas: tabby, or cat for all cats; or groups of your own: 'bus=minibus,school bus;cat=tabby'. What the CNN predicts if not given.")]
+BothNames = Annotated[Optional[str], typer.Option("--network", help="Both in one word, CNN+VIT, as in the other commands.")]
+Trained = Annotated[Optional[Path], typer.Option(help="A network trained by `adcam train` or `train-heads` instead, with its own classes.")]
+ClassNames = Annotated[Optional[str], typer.Option(help="Names of its classes, between commas or in a file, if --weights does not know them.")]
+Layers = Annotated[str, typer.Option(help="Blocks of the ViT: half (the last half), all, or a number n for the last n.")]
+Threshold = Annotated[str, typer.Option(help="Heat above which a pixel belongs to a class, 0 to 1; auto: by Otsu's rule from the map itself, without any label.")]
+MaskFolder = Annotated[Optional[Path], typer.Option(help="Folder for masks of the last method: palette PNG, and classes.txt with the name of each number.")]
+MapFolder = Annotated[Optional[Path], typer.Option(help="Folder for heat maps of the last method, .npz as `adcam seeds` writes them.")]
+
 # %% ../nbs/14_cli.ipynb #04e1db02
 @app.command()
 def explain(
-    photo: Annotated[str, typer.Argument(help="Picture: JPEG, PNG, WebP, TIFF or BMP.")],
-    out: Annotated[Path, typer.Option(help="Picture to write: .png, .jpg, .pdf or .svg.")] = Path("overlay.png"),
-    classes: Annotated[Optional[str], typer.Option(help="ImageNet names, synsets or numbers, separated by commas; what the CNN predicts if not given.")] = None,
+    photos: Pictures, out: Overlay = None, classes: ClassesWanted = None,
+    top: Annotated[int, typer.Option(min=1, help="How many classes, if none are named.")] = 2,
     cnn: Annotated[str, typer.Option(help="timm name of the network for the class maps.")] = "resnet50",
     vit: Annotated[str, typer.Option(help="timm name of the network for the attention.")] = "deit_small_patch16_224",
-    network: Annotated[Optional[str], typer.Option(help="Both in one word, CNN+VIT, as in the other commands.")] = None,
+    network: BothNames = None,
     cnn_weights: Annotated[Optional[Path], typer.Option(help="File with weights of the CNN instead of a download.")] = None,
     vit_weights: Annotated[Optional[Path], typer.Option(help="File with weights of the ViT instead of a download.")] = None,
+    weights: Trained = None, class_names: ClassNames = None,
     random_weights: Annotated[bool, typer.Option("--random-weights", help="No weights at all, to try the command.")] = False,
     methods: Annotated[str, typer.Option(help="cam, ts_cam, trans_cam, att_diffu, ad_cam, separated by commas.")] = "cam,ts_cam,ad_cam",
     k: Annotated[Optional[int], typer.Option("-k", "--k", help="Neighbors kept per patch; 50 on 576 patches if not given, in proportion on other grids.")] = None,
     steps: Annotated[int, typer.Option(help="Diffusion steps T.")] = 2,
     direction: Annotated[str, typer.Option(help="pull, or push as printed.")] = "pull",
-    layers: Annotated[str, typer.Option(help="Blocks of the ViT: half (the last half), all, or a number n for the last n.")] = "half",
-    threshold: Annotated[float, typer.Option(help="Heat above which a pixel belongs to a class, 0 to 1.")] = 0.4,
+    layers: Layers = "half", threshold: Threshold = "0.4", save_masks: MaskFolder = None, save_maps: MapFolder = None,
     size: Annotated[int, typer.Option(help="The input has the area of a square of so many pixels.")] = 384,
     max_megapixels: Annotated[float, typer.Option(help="Larger pictures are refused.")] = 50,
     device: Device = "auto",
 ) -> None:
-    "Heat maps and masks of CAM, TS-CAM and AD-CAM for a picture of your own."
-    from adcam.devices import pick_device
-    from adcam.photo import explain as run
-    if network is not None:
-        from adcam.networks import network_name
-        what = network_name(network)
-        if what.kind != "pair":
-            raise ValueError(f"--network {network}: a picture needs a pair CNN+VIT; or name --cnn and --vit")
-        cnn, vit = what.cnn, what.vit
-    found = run(photo, classes, cnn, vit, methods=[m.strip() for m in methods.split(",")], k=k, steps=steps, direction=direction,
-                layers=int(layers) if layers.isdecimal() else layers, threshold=threshold, size=size, pretrained=not random_weights,
-                cnn_weights=cnn_weights, vit_weights=vit_weights, max_pixels=int(max_megapixels * 1e6), device=None if device == 'auto' else pick_device(device))
-    found.save(out)
+    "Heat maps and masks of CAM, TS-CAM and AD-CAM for pictures of your own."
+    ask = dict(classes=classes, top=top, methods=[m.strip() for m in methods.split(",")], k=k, steps=steps, direction=direction,
+               layers=int(layers) if layers.isdecimal() else layers, threshold=_value(threshold), size=size)
+    if weights is not None:
+        ask["model"], ask["class_names"] = _own_network(weights, cnn_weights, vit_weights, network, _class_names(class_names))
+    elif class_names:
+        raise ValueError("--class-names are those of a trained network: name it by --weights")
+    else:
+        cnn, vit = _both(network, cnn, vit)
+        ask |= dict(cnn=cnn, vit=vit, pretrained=not random_weights, cnn_weights=cnn_weights, vit_weights=vit_weights)
+    _explain_all(_pictures(photos), any(Path(p).is_dir() for p in photos), out, ask, save_masks, save_maps, int(max_megapixels * 1e6), device)
+
+# %% ../nbs/14_cli.ipynb #8c172761
+def _save_maps(found, path: Path, method: str, numbers: list) -> None:
+    "Heat maps in the form of seeds; class number n is line n of classes.txt, from 1, in seeds from 0."
+    import numpy as np
+    from adcam.seeds import Seed, save_seed
+    h, w = found.image.shape[:2]
+    save_seed(path, Seed(np.array(numbers) - 1, found.heat_map(method, (-(-h // 4), -(-w // 4))), found.heat_map(method)))
+
+def _in_full(found) -> None:
+    "Everything about one photograph."
     for note in found.notes:
         typer.echo(f"note: {note}")
     for index, name, logit in zip(found.indices, found.classes, found.logits):
-        typer.echo(f"class {index} {name}: logit {logit:.2f}")
+        typer.echo(f"class {name}: logit {logit:.2f}" if isinstance(index, tuple) else f"class {index} {name}: logit {logit:.2f}")
+
+def _ending(found, methods: list) -> None:
+    "What holds for all photographs: weights and settings."
     for branch, w in found.weights.items():
         typer.echo(f"{branch} weights: {w['source']}" + (f" sha256 {w['sha256']}" if w["sha256"] else ""))
-    typer.echo("settings: " + ", ".join(f"{name} {value}" for name, value in found.settings.items()))
-    typer.echo(f"wrote {out}")
+    rule = "Otsu's, from each map alone: " + ", ".join(f"{m} {found.cut(m):.2f}" for m in methods) if found.threshold == "auto" else f"{found.threshold:g}"
+    typer.echo("settings: " + ", ".join(f"{name} {value}" for name, value in found.settings.items()) + f", threshold {rule}")
 
-# %% ../nbs/14_cli.ipynb #4699f864
-def _recipe(quick: bool = False, workers: int = 1) -> dict:
-    "Settings of both steps; `quick` makes them tiny, to test the way and not the result."
-    from adcam.classifier import PretrainConfig
-    from adcam.pipeline import cache_dir, profiles
-    from adcam.run import train_config
-    from adcam.scenes import Scenes
-    mini = profiles["mini"]
-    tiny = dict(epochs=1, batch=2, crop=64, resize=None, workers=0) if quick else {}
-    step1 = dict(crop=mini.crop, resize=mini.resize, workers=workers, epochs=7, batch=32, lr_vit=2e-3, lr_cnn=2e-3, drop_path=0., clip_norm=5.,
-                 mask_ratio=.5, mask_weight=20., mask_square=2, mask_grid=4)
-    def data(split, n): return Scenes(split, 4, 64) if quick else Scenes(split, n, cache=cache_dir() / "scenes", workers=max(2, workers))
-    return dict(pretrain=PretrainConfig(**step1 | tiny), train=train_config(mini, **dict(workers=workers) | tiny),
-                pretrain_data=data("pretrain", 12_000), train_data=data("train", 4_000))
-
-# %% ../nbs/14_cli.ipynb #bf1fa664
-def _epochs(history: list) -> list:
-    "Mean of each loss, one entry per epoch."
-    from statistics import fmean
-    names = [n for n in ("conv", "trans") if n in history[0]] or ["loss"]
-    of = lambda e, name: round(fmean(h[name] for h in history if h["epoch"] == e), 4)
-    return [dict(epoch=e + 1, **{n: of(e, n) for n in names}) for e in sorted({h["epoch"] for h in history})]
-
-def _pretrained(recipe: dict, work: Path, seed: int = 0, device: str = "auto") -> tuple:
-    "Step 1: the coupled network on single objects; its file of weights and its losses."
-    from dataclasses import replace
-    import torch
-    from adcam.classifier import pretrain, save_weights
-    from adcam.conformer import conformer_mini
-    torch.manual_seed(seed)
-    ds, folder = recipe["pretrain_data"], work / f"pretrain{seed or ''}"
-    model = conformer_mini(len(ds.classes), stop_grad="none")
-    history = pretrain(model, ds, replace(recipe["pretrain"], seed=seed), out=folder, device=device)
-    return save_weights(model, folder.with_suffix(".safetensors")), _epochs(history)
-
-# %% ../nbs/14_cli.ipynb #9da7ebab
-def _finetuned(recipe: dict, work: Path, start: Path, seed: int, stop: bool, target: Path, device: str = "auto") -> tuple:
-    "Step 2 for one seed: writes `target` in half precision; a row for the log, and the losses."
-    import time
-    from dataclasses import replace
-    import torch
-    from adcam.classifier import save_weights, train as fit
-    from adcam.conformer import conformer_mini, load_pretrained
-    torch.manual_seed(seed)
-    began, ds = time.perf_counter(), recipe["train_data"]
-    model = conformer_mini(len(ds.classes), stop_grad="input" if stop else "none")
-    load_pretrained(model, start)
-    history = fit(model, ds, replace(recipe["train"], seed=seed), out=work / target.stem, device=device)
-    save_weights(model, target, torch.float16)
-    row = dict(file=target.name, seed=seed, stop_grad=model.stop_grad, steps=len(history), seconds=round(time.perf_counter() - began, 1))
-    return row, _epochs(history)
-
-# %% ../nbs/14_cli.ipynb #09e8f00c
-def _cnn_checkpoints(recipe: dict, work: Path, out: Path, seeds: list, quick: bool) -> tuple:
-    "resnet_mini: pre-trained, and one file per seed; rows for the log, and the losses."
-    import time
-    from dataclasses import replace
-    import torch
-    from adcam.classifier import save_weights
-    from adcam.cnn import MINI_PRETRAIN, MINI_TRAIN, pretrain_mini, train_mini
-    tiny = dict(epochs=1, batch=2, crop=64, resize=None, workers=0) if quick else dict(workers=1)
-    began = time.perf_counter()
-    net, history = pretrain_mini(recipe["pretrain_data"], replace(MINI_PRETRAIN, **tiny), out=work / "resnet_pretrain")
-    start, rows = save_weights(net, work / "resnet_pretrained.safetensors"), []   # full precision to go on with, half to ship
-    curves = dict(resnet_mini_pretrained=_epochs(history))
-    for seed in (None, *seeds):
-        target = out / f"resnet_mini_{'pretrained' if seed is None else f'seed{seed}'}.safetensors"
-        if seed is not None:
-            began = time.perf_counter()
-            net, history = train_mini(recipe["train_data"], start, seed, replace(MINI_TRAIN, **tiny), out=work / target.stem)
-            curves[target.stem] = _epochs(history)
-        save_weights(net, target, torch.float16)
-        rows.append(dict(file=target.name, seed=seed, stop_grad=None, steps=len(history), seconds=round(time.perf_counter() - began, 1)))
-        typer.echo(f"wrote {target}")
-    return rows, curves
+# %% ../nbs/14_cli.ipynb #53a9105a
+def _explain_all(pictures: list, folders: bool, out: Optional[Path], ask: dict, masks: Optional[Path], maps: Optional[Path], max_pixels: int, device: str) -> None:
+    "Explain one picture after the other; those that cannot be read are told at the end."
+    from adcam.data import Skipped
+    from adcam.devices import pick_device
+    from adcam.files import why_left_out
+    from adcam.photo import explain as run, number_classes, read_photo, save_masks
+    from adcam.progress import tqdm
+    several = folders or len(pictures) > 1
+    out = out or Path("overlays" if several else "overlay.png")
+    if several and out.suffix.lower() in (".png", ".jpg", ".jpeg", ".pdf", ".svg"):
+        raise ValueError(f"--out {out} is one picture, and there are several photographs: name a folder")
+    place = None if device == "auto" else pick_device(device)
+    if "model" in ask:
+        ask["model"].to(pick_device(device))
+    left_out, found, method = [], None, ask["methods"][-1]
+    for file, name in tqdm(pictures, desc="explain", unit="image", disable=not several):
+        try:
+            photo = read_photo(file, max_pixels)
+        except (ValueError, OSError) as error:
+            if not several:
+                raise
+            left_out.append(Skipped(name, why_left_out(error)))
+            continue
+        found = run(photo, **ask, device=place)
+        target = found.save(out / f"{name}.png" if several or out.is_dir() else out)
+        if masks:
+            save_masks(found, masks, name, method)
+        if maps:
+            _save_maps(found, maps / f"{name}.npz", method, number_classes(found.short, maps / "classes.txt"))
+        if several:
+            tqdm.write(f"{target}: " + ", ".join(f"{n} {logit:.2f}" for n, logit in zip(found.short, found.logits)))
+        else:
+            _in_full(found)
+    if found is None:
+        raise ValueError(f"none of the {len(pictures)} photographs can be read. The first: {left_out[0].reason}")
+    _ending(found, ask["methods"])
+    typer.echo(f"wrote {len(pictures) - len(left_out)} pictures to {out}" if several else f"wrote {target}")
+    for what, where in (("masks", masks), ("maps", maps)):
+        if where:
+            typer.echo(f"wrote {what} of {method} to {where}; classes.txt names their numbers")
+    _tell_skipped(left_out, len(pictures))
 
 # %% ../nbs/14_cli.ipynb #1d71d5d9
 @app.command()
@@ -1050,53 +1304,45 @@ def checkpoints(
         raise ValueError("--quick makes useless networks; name --out, --work and --log, so that nothing good is overwritten")
     out, work = out or Path(adcam.__file__).parent / "checkpoints", work or cache_dir() / "checkpoints"
     ints = lambda text, name: [int(s) for s in _numbers(text, name)] if text else []
-    chosen, others, recipe = ints(seed_list, "--seeds"), ints(pretrain_seeds, "--pretrain-seeds"), _recipe(quick, workers)
+    chosen, others = ints(seed_list, "--seeds"), ints(pretrain_seeds, "--pretrain-seeds")
     if only not in (None, "conformer_mini", "resnet_mini"):
         raise ValueError(f"--only is {only!r}; it is conformer_mini or resnet_mini")
-    rows, curves = [], {}
-    if only != "resnet_mini" and chosen:
-        start, curves["pretrained"] = _pretrained(recipe, work, device=device)
-        for seed, stop in ((s, g) for s in chosen for g in (True, False)):
-            target = out / f"mini_{'sg' if stop else 'coupled'}_seed{seed}.safetensors"
-            row, curves[target.stem] = _finetuned(recipe, work, start, seed, stop, target, device)
-            rows.append(row)
-            typer.echo(f"wrote {target}")
-    for other in others:
-        start, curves[f"pretrained{other}"] = _pretrained(recipe, work, other, device)
-        target = out / f"mini_pre{other}.safetensors"
-        row, curves[target.stem] = _finetuned(recipe, work, start, 0, True, target, device)
-        rows.append(row | dict(pretrain_seed=other))
-        typer.echo(f"wrote {target}")
-    if only != "conformer_mini" and chosen:
-        more, losses = _cnn_checkpoints(recipe, work, out, chosen, quick)
-        rows, curves = rows + more, curves | losses
-    typer.echo(f"wrote {_write_log(rows, curves, recipe, chosen or others, out, log, 'checkpoints' if chosen else 'pretrainings', device)}")
-
-# %% ../nbs/14_cli.ipynb #1f49584e
-def _write_log(rows: list, curves: dict, recipe: dict, chosen: list, out: Path, log: Optional[Path], name: str = "checkpoints", device: str = "auto") -> Path:
-    "<name>.json: what was trained, with which settings, on which data, and how the loss fell."
-    from dataclasses import asdict
-    from adcam.devices import numerics, pick_device
-    from adcam.pipeline import provenance, save_result
-    from adcam.cnn import MINI_PRETRAIN, MINI_TRAIN
-    settings = {step: asdict(recipe[step]) for step in ("pretrain", "train")} | dict(resnet_pretrain=asdict(MINI_PRETRAIN), resnet_train=asdict(MINI_TRAIN))
-    settings |= numerics(pick_device(device))
-    data = {split: recipe[split].fingerprint() for split in ("pretrain_data", "train_data")}
-    origin = provenance(seeds=chosen, settings=settings, data=data, checkpoints=[out / r["file"] for r in rows], seconds=sum(r["seconds"] for r in rows))
-    return save_result(name, rows, log, origin, command="adcam checkpoints", losses=curves)
+    from adcam.recipe import make_checkpoints
+    typer.echo(f"wrote {make_checkpoints(out, work, log, chosen, others, only, workers, device, quick, typer.echo)}")
 
 # %% ../nbs/14_cli.ipynb #b6c14806
+def _paper_folder() -> Path:
+    "Where the notebooks of figures and tables lie; the configs are beside it."
+    import sysconfig
+    here, package = Path.cwd(), Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
+    shares = (Path(sysconfig.get_path("data")) / "share/adcam", package.parent / "share/adcam")  # the second for `pip install --target`
+    places = [p / "nbs/paper" for p in (here, *here.parents, package.parent, *shares)]
+    return next((p for p in places if any(p.glob("*.ipynb"))), places[-2])
+
+def _papers() -> list:
+    "Names of the notebooks."
+    return sorted(p.stem for p in _paper_folder().glob("*.ipynb"))
+
+def _complete(incomplete: str) -> list:
+    "For the shell: names that begin so."
+    return [name for name in _papers() if name.startswith(incomplete)]
+
 def _paper_notebook(name: str) -> Path:
     "The notebook of a figure or table."
-    from adcam.pipeline import project_root
-    folder = project_root() / "nbs/paper"
-    path = folder / f"{name}.ipynb"
-    if path.is_file():
-        return path
-    there = sorted(p.stem for p in folder.glob("*.ipynb"))
+    folder, there = _paper_folder(), _papers()
+    if name in there:
+        return folder / f"{name}.ipynb"
     raise ValueError(f"no notebook {name!r}; " + (f"there are {', '.join(there)}" if there else
-                     f"there are none in {folder}: run this in a clone of the repository, the notebooks are not installed"))
+                     f"none are installed ({folder} has none): run this in a clone of the repository, or install a wheel that was built from one"))
 
+def _config(notebook: Path, file: Optional[Path], full: bool) -> Optional[Path]:
+    "The file of parameters: as it is named, or of that name beside the notebooks."
+    beside = notebook.parent.parent.parent / "configs"
+    if file is None:
+        return beside / f"{notebook.stem}.yaml" if full else None
+    return file if file.is_file() or not (beside / file.name).is_file() else beside / file.name
+
+# %% ../nbs/14_cli.ipynb #79ae4591
 def _yaml(text: str, where):
     "YAML as data; what is none is told in one line."
     import yaml
@@ -1126,32 +1372,74 @@ def _parameters(notebook: Path, file: Optional[Path], pairs: list) -> dict:
             raise ValueError(f"{notebook.name} has no parameter {name!r}" + (f", did you mean {near[0]!r}?" if near else ";") + f" It has {', '.join(known)}")
     return given
 
+# %% ../nbs/14_cli.ipynb #b0a7b06f
+def _values(notebook: Path, given: dict) -> dict:
+    "Every parameter of a notebook with its value."
+    import papermill
+    return {p["name"]: given.get(p["name"], _value(p["default"])) for p in papermill.inspect_notebook(str(notebook)).values()}
+
+def _try_folder(notebook: Path, given: dict) -> Path:
+    "results/try/<name>-<hash of all parameters>, in the folder that one stands in, or its clone."
+    import hashlib
+    values = {n: v for n, v in _values(notebook, given).items() if n != "out_dir"}
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    here = Path.cwd()
+    clone = next((p for p in (here, *here.parents) if (p / "nbs/paper").is_dir() and (p / "settings.ini").is_file()), here)
+    return Path(os.environ.get("ADCAM_RESULTS") or os.path.relpath(clone / "results")) / "try" / f"{notebook.stem}-{digest}"
+
+def _measured(notebook: Path, given: dict, folder: Path) -> tuple:
+    "(seconds, file) of a result that was measured with the same parameters, or (None, None)."
+    values = _values(notebook, given)
+    beside = notebook.parent.parent.parent / "results"
+    for file in (folder / f"{notebook.stem}.json", *sorted(beside.glob(f"*/{notebook.stem}.json"))):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            origin = json.loads(file.read_text(encoding="utf-8"))["provenance"]
+            default = _values(notebook, {})
+            if all(origin["settings"].get(n, default[n]) == v for n, v in values.items() if n not in ("out_dir", "processes")):
+                return float(origin["seconds"]), file
+    return None, None
+
+# %% ../nbs/14_cli.ipynb #1eca04ee
+def _list_papers() -> None:
+    "Each notebook with the promise of its first cell."
+    for name in _papers():
+        cell = json.loads((_paper_folder() / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"][0]
+        promise = next((line.lstrip("> ").strip() for line in "".join(cell["source"]).splitlines() if line.startswith(">")), "")
+        typer.echo(f"{name:10} {promise}")
+
 # %% ../nbs/14_cli.ipynb #2dd10602
-@app.command()
+@app.command(help="Run a figure or table of the paper by papermill. There are " + ", ".join(_papers() or ["none installed"]) + ". Unknown parameters are refused.")
 def paper(
-    name: Annotated[str, typer.Argument(help="fig4, table3, fig5, fig6, theorem41: a notebook of nbs/paper.")],
+    name: Annotated[Optional[str], typer.Argument(help="Which one; see above.", autocompletion=_complete)] = None,
     parameter: Annotated[Optional[list[str]], typer.Option("-p", help="name=value; may be given several times.")] = None,
     file: Annotated[Optional[Path], typer.Option("-f", help="YAML file of parameters, such as configs/fig4.yaml.")] = None,
-    out: Annotated[Optional[Path], typer.Option(help="Folder for the executed notebook and its results; results/try if not given.")] = None,
-    list_parameters: Annotated[bool, typer.Option("--list", help="Print the notebook's parameters and stop.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Full size: the file of that name in configs.")] = False,
+    out: Annotated[Optional[Path], typer.Option(help="Folder for the executed notebook and its results; results/try/NAME-HASH, one per set of parameters, if not given.")] = None,
+    list_parameters: Annotated[bool, typer.Option("--list", help="Print the notebook's parameters and stop; without a name, the notebooks.")] = False,
 ) -> None:
-    "Run a figure or table of the paper. By papermill; unknown parameters are refused."
-    from adcam.pipeline import results_dir
+    "Run a figure or table of the paper by papermill; unknown parameters are refused."
+    if name is None:
+        if not list_parameters:
+            raise ValueError(f"name a notebook: {', '.join(_papers())}; `adcam paper --list` says what they are")
+        return _list_papers()
     notebook = _paper_notebook(name)
     try:
         import papermill
     except ImportError as error:
         raise ImportError(f"figures are run by papermill, which is not installed ({error}); pip install 'adcam[dev]'") from error
-    given = _parameters(notebook, file, parameter or [])
+    given = _parameters(notebook, _config(notebook, file, full), parameter or [])
     known = papermill.inspect_notebook(str(notebook))
     if list_parameters:
         for p in known.values():
             typer.echo(f"{p['name']}: {p['inferred_type_name']} = {p['default']}  {p['help']}")
         return
-    out = out or results_dir("try")
-    if "out_dir" in known and "out_dir" not in given:
-        given["out_dir"] = str(out)
-    _execute(notebook, out / notebook.name, given)
+    named = {p.partition("=")[0].strip() for p in parameter or []}
+    if named and "out_dir" not in named:
+        given.pop("out_dir", None)  # the config's folder is for the config as it stands
+    folder = out or (Path(given["out_dir"]) if given.get("out_dir") else _try_folder(notebook, given))
+    if "out_dir" in known and "out_dir" not in named:
+        given["out_dir"] = str(folder)
+    _execute(notebook, folder / notebook.name, given)
 
 # %% ../nbs/14_cli.ipynb #059486da
 @contextlib.contextmanager
@@ -1161,7 +1449,7 @@ def _own_kernel():
     with tempfile.TemporaryDirectory(prefix="adcam-kernel-") as folder:
         spec = Path(folder) / "kernels/python3"
         spec.mkdir(parents=True)
-        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=ERROR"]  # it warns at every start that it listens on this machine
         (spec / "kernel.json").write_text(json.dumps(dict(argv=argv, display_name="Python 3", language="python")))
         before = os.environ.get("JUPYTER_PATH")
         os.environ["JUPYTER_PATH"] = os.pathsep.join([folder, *([before] if before else [])])
@@ -1170,16 +1458,41 @@ def _own_kernel():
         finally:
             os.environ.pop("JUPYTER_PATH") if before is None else os.environ.update(JUPYTER_PATH=before)
 
+# %% ../nbs/14_cli.ipynb #cf9e2c83
+def _minutes(seconds: float) -> str:
+    "A length of time for people."
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+class _Cells:
+    "The count of cells that papermill writes, kept for the line at the terminal."
+    text = ""
+    def write(self, text: str) -> int:
+        self.text = text.strip() or self.text
+        return len(text)
+    def flush(self) -> None: pass
+
 def _execute(notebook: Path, target: Path, given: dict) -> None:
-    "papermill, with a failing cell reported in words."
+    "papermill, with its progress at the terminal, and a failing cell reported in words."
+    import time
     import papermill
+    from adcam.progress import watch
     target.parent.mkdir(parents=True, exist_ok=True)
+    (seconds, file), began, cells = _measured(notebook, given, target.parent), time.monotonic(), _Cells()
+    if seconds is not None:
+        typer.echo(f"{notebook.stem}: about {_minutes(seconds)}, as in {os.path.relpath(file)}; less where stages are cached", err=True)
+    def line():
+        spent = time.monotonic() - began
+        left = f", about {_minutes(max(seconds - spent, 0))} left" if seconds is not None else ""
+        return f"{notebook.stem}: cell {cells.text}, {_minutes(spent)}{left}"
+    bar = dict(file=cells, bar_format="{n_fmt}/{total_fmt}", mininterval=0) if sys.stderr.isatty() else False
     try:
-        with _own_kernel():
-            papermill.execute_notebook(str(notebook), str(target), given, kernel_name="python3", progress_bar=sys.stderr.isatty())
+        with _own_kernel(), watch(line):
+            papermill.execute_notebook(str(notebook), str(target), given, kernel_name="python3", progress_bar=bar, start_timeout=180)
     except papermill.PapermillExecutionError as error:
         typer.echo(f"adcam: {notebook.name} stopped with {error.ename}: {error.evalue}\n  as far as it ran: {target}", err=True)
         raise SystemExit(1)
+    for path in sorted(p for p in target.parent.glob(f"{notebook.stem}*") if p.suffix != ".ipynb" and not p.name.endswith(".tmp")):
+        typer.echo(f"  {path}")
     typer.echo(f"executed notebook: {target}")
 
 # %% ../nbs/14_cli.ipynb #ad9c8cfc

@@ -13,10 +13,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from timm.models.resnet import BasicBlock, ResNet
+from fastcore.basics import patch
 from torch import Tensor, nn
-from .branches import TwoBranch, _create
+from .branches import TwoBranch, create_timm
 from .classifier import PolySGD, PretrainConfig, TrainConfig, fit
-from .conformer import Maps, _read
+from .conformer import Maps, read_weights
 
 # %% ../nbs/09_cnn.ipynb #746608c1
 def _features(net, x):
@@ -50,61 +51,14 @@ def _probe(net, who):
 def _build(name, weights, options):
     "A CNN of timm without its head, errors in words"
     file = None if weights in (None, "timm") else weights
-    try: return _create(name, file, weights == "timm", "weights", dict(num_classes=0) | options)
+    try: return create_timm(name, file, weights == "timm", "weights", dict(num_classes=0) | options)
     except (TypeError, AssertionError, NotImplementedError) as e: raise ValueError(f"timm cannot build {name} with {options}: {e}") from e
 
-# %% ../nbs/09_cnn.ipynb #9111d0f8
-class _CamReading(nn.Module):
-    "Features, logits and maps"
-    @property
-    def backbone_net(self) -> nn.Module:
-        "The CNN, whatever its name"
-        return getattr(self, self.name)
-
-    def features(self,
-                 x:Tensor # (B,3,H,W) normalized images
-                ) -> Tensor: # (B,C,h,w) with h = ceil(H/stride)
-        "The last feature map"
-        if x.ndim != 4 or x.shape[1] != 3: raise ValueError(f"expected images (B,3,H,W), got shape {tuple(x.shape)}; a single image needs x[None]")
-        if not x.is_floating_point(): raise ValueError(f"expected normalized float images, got {x.dtype}; use adcam.data.to_tensor")
-        if self._pads: x = F.pad(x, (0, -x.shape[3] % self.stride, 0, -x.shape[2] % self.stride))
-        return _features(self.backbone_net, x)
-
-    def forward(self, x:Tensor) -> Tensor: # (B,3,H,W) -> (B,K)
-        "Logits"
-        return self.classifier(self.features(x).mean((2, 3), keepdim=True)).flatten(1)
-
-    def maps(self,
-             x:Tensor, # (B,3,H,W) normalized images
-             *,
-             reduce:str|None=None, # of attention; there is none, so it changes nothing
-             layers=None # of attention, as well
-            ) -> Maps: # cam (B,K,h,w), attn None, conv_logits (B,K), trans_logits None
-        "What a CAM method needs"
-        f = self.features(x)                                                 # (B,C,h,w)
-        return Maps(self.classifier(f), None, self.classifier(f.mean((2, 3), keepdim=True)).flatten(1), None)
-
-# %% ../nbs/09_cnn.ipynb #abae684e
-class _CamTraining(_CamReading):
-    "Frozen layers and groups"
+# %% ../nbs/09_cnn.ipynb #25f28b96
+class CamNet(nn.Module):
+    "CNN, global average pooling, and a linear classifier without bias, written as a 1x1 convolution"
     stop_grad = None  # one branch: there is nothing to cut
 
-    def freeze(self,
-               last:str # name of a layer of the backbone, e.g. "layer2"
-              ) -> "CamNet": # the same network
-        "Layers up to and including `last` never train"
-        layers = [n for n, _ in self.backbone_net.named_children()]
-        if last not in layers: raise ValueError(f"the backbone has no layer {last!r}; it has {', '.join(layers)}")
-        for n in layers[:layers.index(last) + 1]: getattr(self.backbone_net, n).requires_grad_(False)
-        return self
-
-    def param_groups(self) -> dict[str,list[str]]: # names under "vit" (none) and "cnn" (all)
-        "The groups that adcam.classifier asks for"
-        return dict(vit=[], cnn=[n for n, _ in self.named_parameters()])
-
-# %% ../nbs/09_cnn.ipynb #25f28b96
-class CamNet(_CamTraining):
-    "CNN, global average pooling, and a linear classifier without bias, written as a 1x1 convolution"
     def __init__(self,
                  backbone:str|nn.Module="resnet50", # timm name of a CNN, or a module that gives a map (B,C,h,w)
                  num_classes:int=20, # K
@@ -128,6 +82,54 @@ class CamNet(_CamTraining):
         if detach_after is not None: self.freeze(detach_after)
         if checkpoint is not None: load_cam(self, checkpoint)
 
+# %% ../nbs/09_cnn.ipynb #9111d0f8
+@patch(as_prop=True)
+def backbone_net(self:CamNet) -> nn.Module:
+    "The CNN, whatever its name"
+    return getattr(self, self.name)
+
+@patch
+def features(self:CamNet,
+             x:Tensor # (B,3,H,W) normalized images
+            ) -> Tensor: # (B,C,h,w) with h = ceil(H/stride)
+    "The last feature map"
+    if x.ndim != 4 or x.shape[1] != 3: raise ValueError(f"expected images (B,3,H,W), got shape {tuple(x.shape)}; a single image needs x[None]")
+    if not x.is_floating_point(): raise ValueError(f"expected normalized float images, got {x.dtype}; use adcam.data.to_tensor")
+    if self._pads: x = F.pad(x, (0, -x.shape[3] % self.stride, 0, -x.shape[2] % self.stride))
+    return _features(self.backbone_net, x)
+
+@patch
+def forward(self:CamNet, x:Tensor) -> Tensor: # (B,3,H,W) -> (B,K)
+    "Logits"
+    return self.classifier(self.features(x).mean((2, 3), keepdim=True)).flatten(1)
+
+@patch
+def maps(self:CamNet,
+         x:Tensor, # (B,3,H,W) normalized images
+         *,
+         reduce:str|None=None, # of attention; there is none, so it changes nothing
+         layers=None # of attention, as well
+        ) -> Maps: # cam (B,K,h,w), attn None, conv_logits (B,K), trans_logits None
+    "What a CAM method needs"
+    f = self.features(x)                                                 # (B,C,h,w)
+    return Maps(self.classifier(f), None, self.classifier(f.mean((2, 3), keepdim=True)).flatten(1), None)
+
+# %% ../nbs/09_cnn.ipynb #abae684e
+@patch
+def freeze(self:CamNet,
+           last:str # name of a layer of the backbone, e.g. "layer2"
+          ) -> "CamNet": # the same network
+    "Layers up to and including `last` never train"
+    layers = [n for n, _ in self.backbone_net.named_children()]
+    if last not in layers: raise ValueError(f"the backbone has no layer {last!r}; it has {', '.join(layers)}")
+    for n in layers[:layers.index(last) + 1]: getattr(self.backbone_net, n).requires_grad_(False)
+    return self
+
+@patch
+def param_groups(self:CamNet) -> dict[str,list[str]]: # names under "vit" (none) and "cnn" (all)
+    "The groups that adcam.classifier asks for"
+    return dict(vit=[], cnn=[n for n, _ in self.named_parameters()])
+
 # %% ../nbs/09_cnn.ipynb #a378cf4e
 _COPIES = ("stage", "backbone.", "newly_added.")  # the reference implementation saves the same tensors under several names
 
@@ -136,7 +138,7 @@ def load_cam(model:CamNet, # network to fill
             ) -> CamNet: # the same network
     "Load every weight, or say what differs; float16 files are upcast"
     own = model.state_dict()
-    state = {k.removeprefix("module."): v for k, v in _read(path).items()}
+    state = {k.removeprefix("module."): v for k, v in read_weights(path).items()}
     state = {k: v for k, v in state.items() if k in own or not k.startswith(_COPIES)}
     odd = sorted(own.keys() ^ state.keys()) + sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape)
     if odd == ["classifier.weight"] and odd[0] in state:
@@ -150,7 +152,7 @@ def load_backbone(model:CamNet, # network to fill
                   path:str|Path # weights of a CamNet with the same backbone and any number of classes
                  ) -> CamNet: # the same network; its classifier is as it was
     "Load all but the classifier"
-    own, state = model.state_dict(), {k.removeprefix("module."): v for k, v in _read(path).items()}
+    own, state = model.state_dict(), {k.removeprefix("module."): v for k, v in read_weights(path).items()}
     kept = {k: state.get(k) for k in own if k.startswith(model.name + ".")}
     odd = [k for k, v in kept.items() if v is None or v.shape != own[k].shape]
     if odd: raise ValueError(f"{path} does not fit {type(model.backbone_net).__name__} in {len(odd)} tensors, e.g. {', '.join(odd[:3])}; it must be a file of the same backbone")

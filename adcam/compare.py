@@ -15,7 +15,7 @@ from typing import Any, Callable, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
+from .progress import tqdm
 from .baselines.oaa import INTEGRAL_MINI, train_integral, train_oaa
 from .baselines.psa import PSA_MINI, AffinityNet, affinity_features, affinity_scores, confident_labels, psa_shares, psa_walk, train_affinity
 from .baselines.recam import RECAM_MINI, train_recam

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STOP_GRAD', 'VARIANTS', 'ConvBlock', 'whole_attention', 'Attention', 'Mlp', 'TransBlock', 'FCUDown', 'FCUUp',
-           'ConvTransBlock', 'Variant', 'Maps', 'Step', 'PatchHead', 'block_indices', 'AttentionStore', 'Conformer',
+           'ConvTransBlock', 'Variant', 'Conformer', 'Maps', 'Step', 'PatchHead', 'block_indices', 'AttentionStore',
            'conformer_tiny', 'conformer_small', 'conformer_base', 'conformer_mini', 'read_weights', 'load_checkpoint',
            'load_pretrained']
 
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 from safetensors.torch import load_file
 from timm.layers import DropPath
+from fastcore.basics import patch
 from torch import nn, Tensor
 
 # %% ../nbs/03_conformer.ipynb #abe06f35
@@ -247,6 +248,60 @@ def _block_plan(v, last_block):
     if last_block=="drop": return plan[:-1]
     return plan[:-1] + [plan[-1][:-1] + (2 if last_block=="keep" else 1,)]
 
+# %% ../nbs/03_conformer.ipynb #33c23a94
+def _init_weights(m):
+    "Start values for training from scratch (Conformer, Peng et al. 2021)"
+    if isinstance(m, (nn.Linear, PatchHead)):
+        nn.init.trunc_normal_(m.weight, std=.02)
+        if m.bias is not None: nn.init.zeros_(m.bias)
+    elif isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+
+# %% ../nbs/03_conformer.ipynb #ebb3691c
+class Conformer(nn.Module):
+    "Two-branch network of any `Variant`; state_dict keys and shapes are those of the official files (spec part A)"
+    def __init__(self,
+                 variant:Variant, # size
+                 num_classes:int=20, # K, without background
+                 *,
+                 last_block:str="drop", # "drop" (AD-CAM), "stride1" (TransCAM) or "keep" (official)
+                 stop_grad:str="input", # where the gradient between the branches is cut: a key of STOP_GRAD
+                 stem_grad:str="both", # which losses train the shared stem: "both" or "cnn_only"
+                 conv_head_bias:bool=False, # the official ImageNet head has a bias, CAM heads have none
+                 trans_head:str="token", # what the transformer's head reads: the class token, or the patch tokens as in TS-CAM ("patch")
+                 drop_path:float=0., # drop-path rate of the last block; earlier blocks get proportionally less
+                 checkpoint:str|Path|None=None # file for `load_checkpoint`
+                ):
+        super().__init__()
+        _check_variant(variant)
+        for name, value, known in (("last_block", last_block, ("drop", "stride1", "keep")), ("stem_grad", stem_grad, ("both", "cnn_only")), ("trans_head", trans_head, ("token", "patch"))):
+            if value not in known: raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
+        self.variant, self.num_classes, self.last_block = variant, num_classes, last_block
+        self.stem_grad, self.trans_head, self.stride = stem_grad, trans_head, variant.stem_stride*variant.patch
+        self._build(variant, _block_plan(variant, last_block), num_classes, conv_head_bias, trans_head)
+        self.apply(_init_weights)
+        nn.init.trunc_normal_(self.cls_token, std=.02)
+        self.set_stop_grad(stop_grad)
+        self.set_drop_path(drop_path)
+        if checkpoint is not None: load_checkpoint(self, checkpoint)
+
+# %% ../nbs/03_conformer.ipynb #c7e3167b
+@patch
+def _build(self:Conformer, v, plan, num_classes, conv_head_bias, trans_head):
+    "Create the parts in the order of the official state_dict"
+    D, width = v.embed_dim, plan[-1][2] if plan else v.channels[0]
+    self.depth = 1 + len(plan)
+    self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
+    self.trans_norm = nn.LayerNorm(D)  # this norm alone has eps 1e-5
+    self.trans_cls_head = (PatchHead if trans_head=="patch" else nn.Linear)(D, num_classes)
+    self.conv_cls_head = nn.Linear(width, num_classes, bias=conv_head_bias)
+    self.conv1, self.bn1 = nn.Conv2d(3, v.stem_width, 7, 2, 3, bias=False), nn.BatchNorm2d(v.stem_width)  # eps 1e-5
+    self.conv_1 = ConvBlock(v.stem_width, v.channels[0], project=True)
+    self.trans_patch_conv = nn.Conv2d(v.stem_width, D, v.patch, v.patch)
+    self.trans_1 = TransBlock(D, v.heads, v.mlp_ratio)
+    for i, cin, cout, d, stride, last in plan:
+        block = ConvTransBlock(cin, cout, D, v.heads, d, stride, last, v.mlp_ratio)
+        self.add_module(f"conv_trans_{i}", block)
+
 # %% ../nbs/03_conformer.ipynb #2db3502a
 class Maps(NamedTuple):
     "What every CAM method reads from a network"
@@ -275,30 +330,31 @@ def _check_input(x, stem_stride, patch):
                              f"(nearest: {max(s, round(n/s)*s)}; up to {stem_stride-1} pixels less also fit)")
 
 # %% ../nbs/03_conformer.ipynb #ac75e90b
-class _Branches(nn.Module):
-    "The walk through the blocks; `Conformer` adds construction and heads"
-    def stem(self,
-             x:Tensor # (B,3,H,W) normalized images
-            ) -> Tensor: # (B,S,H/4,W/4), shared by both branches
-        x = _relu(self.bn1(self.conv1(x)))                                      # (B,S,H/2,W/2)
-        return F.max_pool2d(x, 3, 2, 1) if self.variant.stem_stride==4 else x   # (B,S,H/4,W/4)
+@patch
+def stem(self:Conformer,
+         x:Tensor # (B,3,H,W) normalized images
+        ) -> Tensor: # (B,S,H/4,W/4), shared by both branches
+    "The first layers"
+    x = _relu(self.bn1(self.conv1(x)))                                      # (B,S,H/2,W/2)
+    return F.max_pool2d(x, 3, 2, 1) if self.variant.stem_stride==4 else x   # (B,S,H/4,W/4)
 
-    def walk(self,
-             x:Tensor, # (B,3,H,W) normalized images; H and W multiples of `stride`
-             attention:bool|set[int]=False # also give the head-mean attention, of each block or of those numbered here (from 0)
-            ) -> Iterator[Step]: # one Step per block
-        "Go through the network block by block"
-        wanted = range(self.depth) if attention is True else attention or ()
-        _check_input(x, self.variant.stem_stride, self.variant.patch)
-        stem = self.stem(x)                                                     # (B,S,H/4,W/4)
-        x, _ = self.conv_1(stem)                                                # (B,C1,H/4,W/4)
-        t = self.trans_patch_conv(_cut(stem, self.stem_grad=="cnn_only"))       # (B,D,h,w)
-        t = torch.cat([self.cls_token.expand(len(t), -1, -1), t.flatten(2).transpose(1, 2)], 1)  # (B,1+N,D)
-        t, a = self.trans_1(t, 0 in wanted)                                     # (B,1+N,D), (B,1+N,1+N)
+@patch
+def walk(self:Conformer,
+         x:Tensor, # (B,3,H,W) normalized images; H and W multiples of `stride`
+         attention:bool|set[int]=False # also give the head-mean attention, of each block or of those numbered here (from 0)
+        ) -> Iterator[Step]: # one Step per block
+    "Go through the network block by block"
+    wanted = range(self.depth) if attention is True else attention or ()
+    _check_input(x, self.variant.stem_stride, self.variant.patch)
+    stem = self.stem(x)                                                     # (B,S,H/4,W/4)
+    x, _ = self.conv_1(stem)                                                # (B,C1,H/4,W/4)
+    t = self.trans_patch_conv(_cut(stem, self.stem_grad=="cnn_only"))       # (B,D,h,w)
+    t = torch.cat([self.cls_token.expand(len(t), -1, -1), t.flatten(2).transpose(1, 2)], 1)  # (B,1+N,D)
+    t, a = self.trans_1(t, 0 in wanted)                                     # (B,1+N,D), (B,1+N,1+N)
+    yield Step(x, t, a)
+    for i in range(2, self.depth+1):
+        x, t, a = getattr(self, f"conv_trans_{i}")(x, t, i-1 in wanted)
         yield Step(x, t, a)
-        for i in range(2, self.depth+1):
-            x, t, a = getattr(self, f"conv_trans_{i}")(x, t, i-1 in wanted)
-            yield Step(x, t, a)
 
 # %% ../nbs/03_conformer.ipynb #280a2481
 class PatchHead(nn.Conv2d):
@@ -354,146 +410,99 @@ class AttentionStore:
         return (self.total/len(self.index))[:, None] if self.mean else torch.stack([self.blocks[i] for i in self.index], 1)
 
 # %% ../nbs/03_conformer.ipynb #03999bcb
-class _TransHead(_Branches):
-    "What the transformer's head reads"
-    def _image(self, tokens, x):
-        "Patch tokens of the images x, (B,1+N,D), as an image (B,D,h,w)"
-        h, w = (-(-n//self.variant.stem_stride)//self.variant.patch for n in x.shape[2:])
-        return tokens[:, 1:].transpose(1, 2).unflatten(2, (h, w))
+@patch
+def _image(self:Conformer, tokens, x):
+    "Patch tokens of the images x, (B,1+N,D), as an image (B,D,h,w)"
+    h, w = (-(-n//self.variant.stem_stride)//self.variant.patch for n in x.shape[2:])
+    return tokens[:, 1:].transpose(1, 2).unflatten(2, (h, w))
 
-    def _read(self, tokens, x):
-        "Tokens (B,1+N,D), of which the head takes the first, or the windows of a patch head (B,1,9D)"
-        return tokens if self.trans_head=="token" else self.trans_cls_head.windows(self._image(tokens, x))[:, None]
+@patch
+def _read(self:Conformer, tokens, x):
+    "Tokens (B,1+N,D), of which the head takes the first, or the windows of a patch head (B,1,9D)"
+    return tokens if self.trans_head=="token" else self.trans_cls_head.windows(self._image(tokens, x))[:, None]
 
-    def _semantic(self, tokens, x):
-        "Semantic maps (B,K,h,w), or None without a patch head"
-        return None if self.trans_head=="token" else self.trans_cls_head.maps(self._image(tokens, x))
+@patch
+def _semantic(self:Conformer, tokens, x):
+    "Semantic maps (B,K,h,w), or None without a patch head"
+    return None if self.trans_head=="token" else self.trans_cls_head.maps(self._image(tokens, x))
 
 # %% ../nbs/03_conformer.ipynb #95b06301
-class _Readout(_TransHead):
-    "What comes out at the end of the walk"
-    def features(self,
-                 x:Tensor # (B,3,H,W) normalized images
-                ) -> tuple[Tensor,Tensor]: # conv map (B,C,h,w) and tokens after trans_norm (B,1+N,D); with a patch head its windows (B,1,9D)
-        "What the heads see: the final conv map and the normalized tokens"
-        for step in self.walk(x): pass
-        return step.conv, self._read(self.trans_norm(step.tokens), x)
+@patch
+def features(self:Conformer,
+             x:Tensor # (B,3,H,W) normalized images
+            ) -> tuple[Tensor,Tensor]: # conv map (B,C,h,w) and tokens after trans_norm (B,1+N,D); with a patch head its windows (B,1,9D)
+    "What the heads see: the final conv map and the normalized tokens"
+    for step in self.walk(x): pass
+    return step.conv, self._read(self.trans_norm(step.tokens), x)
 
-    def heads(self,
-              conv:Tensor, # (B,C,h,w) final conv map
-              tokens:Tensor # as from `features`; the first is read
-             ) -> tuple[Tensor,Tensor]: # conv_logits (B,K) and trans_logits (B,K)
-        "Eq. 4 and Eq. 5"
-        return self.conv_cls_head(conv.mean((2, 3))), self.trans_cls_head(tokens[:, 0])
+@patch
+def heads(self:Conformer,
+          conv:Tensor, # (B,C,h,w) final conv map
+          tokens:Tensor # as from `features`; the first is read
+         ) -> tuple[Tensor,Tensor]: # conv_logits (B,K) and trans_logits (B,K)
+    "Eq. 4 and Eq. 5"
+    return self.conv_cls_head(conv.mean((2, 3))), self.trans_cls_head(tokens[:, 0])
 
-    def forward(self,
-                x:Tensor # (B,3,H,W) normalized images
-               ) -> tuple[Tensor,Tensor]: # conv_logits (B,K) and trans_logits (B,K)
-        "Logits of the two branches"
-        return self.heads(*self.features(x))
+@patch
+def forward(self:Conformer,
+            x:Tensor # (B,3,H,W) normalized images
+           ) -> tuple[Tensor,Tensor]: # conv_logits (B,K) and trans_logits (B,K)
+    "Logits of the two branches"
+    return self.heads(*self.features(x))
 
-    def maps(self,
-             x:Tensor, # (B,3,H,W) normalized images
-             *,
-             reduce:str|None=None, # "mean": the mean over blocks instead of one matrix per block
-             layers:int|list[int]|str|None=None # blocks wanted, as in `block_indices`
-            ) -> Maps: # class maps, attention and logits
-        "Everything a CAM method needs, in one pass; under `torch.no_grad()` unless gradients are wanted"
-        store = AttentionStore(reduce, layers, self.depth)
-        for i, step in enumerate(self.walk(x, set(store.index))): store.add(i, step.attn)
-        cam = F.conv2d(step.conv, self.conv_cls_head.weight[:, :, None, None])   # (B,K,h,w)
-        tokens = self.trans_norm(step.tokens)                                    # (B,1+N,D)
-        return Maps(cam, store.result(), *self.heads(step.conv, self._read(tokens, x)), self._semantic(tokens, x))
+@patch
+def maps(self:Conformer,
+         x:Tensor, # (B,3,H,W) normalized images
+         *,
+         reduce:str|None=None, # "mean": the mean over blocks instead of one matrix per block
+         layers:int|list[int]|str|None=None # blocks wanted, as in `block_indices`
+        ) -> Maps: # class maps, attention and logits
+    "Everything a CAM method needs, in one pass; under `torch.no_grad()` unless gradients are wanted"
+    store = AttentionStore(reduce, layers, self.depth)
+    for i, step in enumerate(self.walk(x, set(store.index))): store.add(i, step.attn)
+    cam = F.conv2d(step.conv, self.conv_cls_head.weight[:, :, None, None])   # (B,K,h,w)
+    tokens = self.trans_norm(step.tokens)                                    # (B,1+N,D)
+    return Maps(cam, store.result(), *self.heads(step.conv, self._read(tokens, x)), self._semantic(tokens, x))
 
 # %% ../nbs/03_conformer.ipynb #16bc3c4e
-class _Switches(_Readout):
-    "What training sets on a network"
-    def coupled_blocks(self): return [getattr(self, f"conv_trans_{i}") for i in range(2, self.depth+1)]
+@patch
+def coupled_blocks(self:Conformer) -> list[nn.Module]:
+    "The blocks after the first"
+    return [getattr(self, f"conv_trans_{i}") for i in range(2, self.depth+1)]
 
-    def set_stop_grad(self,
-                      stop_grad:str # a key of STOP_GRAD
-                     ):
-        "Choose where the gradient between the branches is cut; forward values do not change"
-        if stop_grad not in STOP_GRAD: raise ValueError(f"stop_grad is {stop_grad!r}; it must be one of {', '.join(STOP_GRAD)}")
-        self.stop_grad = stop_grad
-        for b in self.coupled_blocks(): b.squeeze_block.cut, b.expand_block.cut = STOP_GRAD[stop_grad]
+@patch
+def set_stop_grad(self:Conformer,
+                  stop_grad:str # a key of STOP_GRAD
+                 ):
+    "Choose where the gradient between the branches is cut; forward values do not change"
+    if stop_grad not in STOP_GRAD: raise ValueError(f"stop_grad is {stop_grad!r}; it must be one of {', '.join(STOP_GRAD)}")
+    self.stop_grad = stop_grad
+    for b in self.coupled_blocks(): b.squeeze_block.cut, b.expand_block.cut = STOP_GRAD[stop_grad]
 
-    def set_whole_attention(self,
-                            whole:bool|None # True: in one piece, False: in pieces, None: as the device wants it
-                           ):
-        "Choose how attention that somebody wants to see is computed; values change by rounding only"
-        for m in self.modules():
-            if isinstance(m, Attention): m.whole = whole
+@patch
+def set_whole_attention(self:Conformer,
+                        whole:bool|None # True: in one piece, False: in pieces, None: as the device wants it
+                       ):
+    "Choose how attention that somebody wants to see is computed; values change by rounding only"
+    for m in self.modules():
+        if isinstance(m, Attention): m.whole = whole
 
-    def set_drop_path(self,
-                      rate:float # probability in the last block, 0 <= rate < 1
-                     ):
-        "Drop-path rates rise linearly from 0 in block 1 to `rate` in the last block of the undropped network"
-        if not 0<=rate<1: raise ValueError(f"drop_path is {rate}; it must be at least 0 and below 1")
-        n = sum(self.variant.depths)
-        rates = [rate*i/max(1, n-1) for i in range(n)]
-        for block, r in zip([self.trans_1] + [b.trans_block for b in self.coupled_blocks()], rates): block.drop_path.drop_prob = r
+@patch
+def set_drop_path(self:Conformer,
+                  rate:float # probability in the last block, 0 <= rate < 1
+                 ):
+    "Drop-path rates rise linearly from 0 in block 1 to `rate` in the last block of the undropped network"
+    if not 0<=rate<1: raise ValueError(f"drop_path is {rate}; it must be at least 0 and below 1")
+    n = sum(self.variant.depths)
+    rates = [rate*i/max(1, n-1) for i in range(n)]
+    for block, r in zip([self.trans_1] + [b.trans_block for b in self.coupled_blocks()], rates): block.drop_path.drop_prob = r
 
-    def param_groups(self) -> dict[str,list[str]]: # parameter names of the groups "vit" and "cnn"
-        "Split all parameters by the branch that trains them (DEPARTURES.md)"
-        vit = {"cls_token", "trans_patch_conv", "trans_1", "trans_norm", "trans_cls_head", "squeeze_block", "trans_block"}
-        names = [n for n, _ in self.named_parameters()]
-        return dict(vit=[n for n in names if vit & set(n.split(".")[:2])], cnn=[n for n in names if not vit & set(n.split(".")[:2])])
-
-# %% ../nbs/03_conformer.ipynb #33c23a94
-def _init_weights(m):
-    "Start values for training from scratch (Conformer, Peng et al. 2021)"
-    if isinstance(m, (nn.Linear, PatchHead)):
-        nn.init.trunc_normal_(m.weight, std=.02)
-        if m.bias is not None: nn.init.zeros_(m.bias)
-    elif isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
-
-# %% ../nbs/03_conformer.ipynb #c7e3167b
-class _Parts(_Switches):
-    "Construction"
-    def _build(self, v, plan, num_classes, conv_head_bias, trans_head):
-        "Create the parts in the order of the official state_dict"
-        D, width = v.embed_dim, plan[-1][2] if plan else v.channels[0]
-        self.depth = 1 + len(plan)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
-        self.trans_norm = nn.LayerNorm(D)  # this norm alone has eps 1e-5
-        self.trans_cls_head = (PatchHead if trans_head=="patch" else nn.Linear)(D, num_classes)
-        self.conv_cls_head = nn.Linear(width, num_classes, bias=conv_head_bias)
-        self.conv1, self.bn1 = nn.Conv2d(3, v.stem_width, 7, 2, 3, bias=False), nn.BatchNorm2d(v.stem_width)  # eps 1e-5
-        self.conv_1 = ConvBlock(v.stem_width, v.channels[0], project=True)
-        self.trans_patch_conv = nn.Conv2d(v.stem_width, D, v.patch, v.patch)
-        self.trans_1 = TransBlock(D, v.heads, v.mlp_ratio)
-        for i, cin, cout, d, stride, last in plan:
-            block = ConvTransBlock(cin, cout, D, v.heads, d, stride, last, v.mlp_ratio)
-            self.add_module(f"conv_trans_{i}", block)
-
-# %% ../nbs/03_conformer.ipynb #ebb3691c
-class Conformer(_Parts):
-    "Two-branch network of any `Variant`; state_dict keys and shapes are those of the official files (spec part A)"
-    def __init__(self,
-                 variant:Variant, # size
-                 num_classes:int=20, # K, without background
-                 *,
-                 last_block:str="drop", # "drop" (AD-CAM), "stride1" (TransCAM) or "keep" (official)
-                 stop_grad:str="input", # where the gradient between the branches is cut: a key of STOP_GRAD
-                 stem_grad:str="both", # which losses train the shared stem: "both" or "cnn_only"
-                 conv_head_bias:bool=False, # the official ImageNet head has a bias, CAM heads have none
-                 trans_head:str="token", # what the transformer's head reads: the class token, or the patch tokens as in TS-CAM ("patch")
-                 drop_path:float=0., # drop-path rate of the last block; earlier blocks get proportionally less
-                 checkpoint:str|Path|None=None # file for `load_checkpoint`
-                ):
-        super().__init__()
-        _check_variant(variant)
-        for name, value, known in (("last_block", last_block, ("drop", "stride1", "keep")), ("stem_grad", stem_grad, ("both", "cnn_only")), ("trans_head", trans_head, ("token", "patch"))):
-            if value not in known: raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
-        self.variant, self.num_classes, self.last_block = variant, num_classes, last_block
-        self.stem_grad, self.trans_head, self.stride = stem_grad, trans_head, variant.stem_stride*variant.patch
-        self._build(variant, _block_plan(variant, last_block), num_classes, conv_head_bias, trans_head)
-        self.apply(_init_weights)
-        nn.init.trunc_normal_(self.cls_token, std=.02)
-        self.set_stop_grad(stop_grad)
-        self.set_drop_path(drop_path)
-        if checkpoint is not None: load_checkpoint(self, checkpoint)
+@patch
+def param_groups(self:Conformer) -> dict[str,list[str]]: # parameter names of the groups "vit" and "cnn"
+    "Split all parameters by the branch that trains them (DEPARTURES.md)"
+    vit = {"cls_token", "trans_patch_conv", "trans_1", "trans_norm", "trans_cls_head", "squeeze_block", "trans_block"}
+    names = [n for n, _ in self.named_parameters()]
+    return dict(vit=[n for n in names if vit & set(n.split(".")[:2])], cnn=[n for n in names if not vit & set(n.split(".")[:2])])
 
 # %% ../nbs/03_conformer.ipynb #fbf18939
 def conformer_tiny(num_classes:int=20, # K, without background
@@ -572,8 +581,6 @@ def read_weights(path:str|Path # .safetensors, or a file of torch.save
     found = _plain_names(_unwrapped(state))
     if not found: raise ValueError(f"{path} holds no state_dict: expected names and tensors, bare or under {', '.join(map(repr, _WRAPPERS[:3]))} or 'ema'")
     return found
-
-_read = read_weights  # its old name
 
 # %% ../nbs/03_conformer.ipynb #0e343f3d
 _MMPRETRAIN = (("backbone.", ""), ("head.conv_cls_head.", "conv_cls_head."), ("head.trans_cls_head.", "trans_cls_head."),
@@ -661,7 +668,7 @@ def load_checkpoint(model:Conformer, # network to fill
                     path:str|Path # .safetensors, or .pth with tensors only; official or mmpretrain names
                    ) -> Conformer: # the same network
     "Load every weight, or raise a ValueError that says what differs and why; float16 files are upcast"
-    state = _official_names(_read(path))
+    state = _official_names(read_weights(path))
     diff = _compare(model, state)
     if any(diff): raise ValueError(_in_words(model, path, state, diff))
     model.load_state_dict({k: state[k] for k in model.state_dict()})
@@ -672,7 +679,7 @@ def load_pretrained(model:Conformer, # network to fill
                     path:str|Path # weights of the same size, with any number of classes
                    ) -> list[str]: # head weights that were not taken over
     "Load everything but heads that do not fit; those keep their start values and are reported"
-    state = _official_names(_read(path))
+    state = _official_names(read_weights(path))
     diff = _compare(model, state)
     body = _Difference(*([k for k in d if not _is_head(k)] for d in diff[:2]), {k: v for k, v in diff.shapes.items() if not _is_head(k)})
     if any(body): raise ValueError(_in_words(model, path, state, body))

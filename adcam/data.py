@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'VOC_CLASSES', 'VOC_COUNTS', 'COCO_CLASSES', 'COCO_COUNTS', 'KINDS', 'to_tensor',
            'normalized', 'to_image', 'rgb_pixels', 'orientation', 'upright_pixels', 'read_image', 'read_mask',
-           'check_png', 'image_size', 'check_id', 'read_list', 'class_names', 'VOCFolder', 'voc_root', 'voc2012',
-           'read_coco', 'coco_label', 'coco_mask', 'COCO2014', 'coco2014', 'Folder', 'folder', 'Subset', 'label_of',
-           'weak_of', 'image_of', 'mask_of', 'has_mask', 'labelled', 'Skipped', 'usable', 'skipped_report', 'Chosen',
-           'chosen', 'disagreements', 'check_agreement', 'open_data', 'random_resize_long', 'imagenet_normalize',
-           'random_flip', 'random_crop', 'to_chw', 'random_view', 'random_pixels', 'TrainViews']
+           'save_mask', 'check_png', 'image_size', 'check_id', 'read_list', 'nearest_name', 'class_names', 'VOCFolder',
+           'voc_root', 'voc2012', 'read_coco', 'coco_label', 'coco_mask', 'COCO2014', 'coco2014', 'find_images',
+           'Folder', 'folder', 'Subset', 'label_of', 'weak_of', 'image_of', 'mask_of', 'has_mask', 'weak_sample',
+           'labelled', 'Skipped', 'usable', 'skipped_report', 'Chosen', 'chosen', 'disagreements', 'check_agreement',
+           'open_data', 'random_resize_long', 'imagenet_normalize', 'random_flip', 'random_crop', 'to_chw',
+           'random_view', 'random_pixels', 'TrainViews']
 
 # %% ../nbs/02_data.ipynb #1e356460
 import contextlib, csv, difflib, functools, hashlib, io, json, math, multiprocessing, os, re, struct, unicodedata, warnings
@@ -21,8 +22,8 @@ from typing import Callable, NamedTuple
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
-from .files import dead_workers_in_words, follow_parent, read_reports
+from .progress import tqdm
+from .files import atomic_write, dead_workers_in_words, follow_parent, read_reports
 from .scenes import Sample, Scenes
 
 # %% ../nbs/02_data.ipynb #87f2c722
@@ -183,6 +184,17 @@ def read_mask(path:str|Path, # palette or gray PNG of class ids
     if bad: raise ValueError(f"mask {path} holds class ids {bad}, but there are {num_classes} classes (0 is background, 255 ignore)")
     return mask
 
+# %% ../nbs/02_data.ipynb #8f7a71a3
+def save_mask(
+    path: str|Path,      # ends in .png
+    mask: np.ndarray,    # (H,W) uint8 labels, 255 ignored
+) -> Path:               # the file
+    "Write a palette PNG in the colors of VOC, in one move: values are labels, viewers show colors"
+    from adcam.viz import palette  # matplotlib takes a while
+    image = Image.fromarray(np.asarray(mask, np.uint8))
+    image.putpalette(palette().ravel().tolist())
+    return atomic_write(Path(path), lambda f: image.save(f, format="PNG"))
+
 # %% ../nbs/02_data.ipynb #3d1dd95e
 _PNG, _PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"  # first and last bytes of every PNG
 
@@ -337,7 +349,9 @@ def read_list(path:str|Path, # text file, one image per line; further columns ar
     return ids
 
 # %% ../nbs/02_data.ipynb #9a5be3a0
-def _nearest(name, known):
+def nearest_name(name:str, # what was written
+                 known # names that there are
+                ) -> str:
     "`; did you mean 'cat'?`, or nothing"
     lower = {str(k).lower(): str(k) for k in known}
     found = [lower[m] for m in difflib.get_close_matches(str(name).lower(), lower, 3, 0.6)]
@@ -345,7 +359,7 @@ def _nearest(name, known):
 
 def _unknown(where, names, classes):
     names = sorted(names, key=str)
-    return ValueError(f"{where} names unknown classes {names[:5]}{_nearest(names[0], classes) or '.'} Known are {', '.join(classes[:25])}{' ...' if len(classes)>25 else ''}")
+    return ValueError(f"{where} names unknown classes {names[:5]}{nearest_name(names[0], classes) or '.'} Known are {', '.join(classes[:25])}{' ...' if len(classes)>25 else ''}")
 
 # %% ../nbs/02_data.ipynb #248676c6
 def _labels_csv(path, classes):
@@ -718,8 +732,10 @@ def coco2014(root:str|Path, # folder with train2014, val2014 and annotations
     return ds
 
 # %% ../nbs/02_data.ipynb #9cf0084c
-def _find_images(root, skip):
-    "{relative path: file} of all images below `root`, but not in `skip` or in hidden folders"
+def find_images(root:str|Path, # folder
+                skip:Path|None=None # a folder in it that is left out
+               ) -> dict: # {relative path: file}, at least one
+    "All images below a folder, hidden folders left out"
     found, seen = {}, set()
     for folder, subs, files in os.walk(root, followlinks=True):
         if (real := os.path.realpath(folder)) in seen: subs[:] = []; continue             # a link that leads back
@@ -836,7 +852,7 @@ def _match(path, table, names):
 def _check_match(path, table, ids, images, names):
     "Every line has its image, every image its line"
     lost = [(n, name) for (n, name, _), i in zip(table, ids) if i not in images]
-    if lost: raise FileNotFoundError(f"{path}, line {lost[0][0]}: no image for the id {lost[0][1]!r}{_nearest(lost[0][1], names)} ({len(lost)} such lines). Correct or delete them")
+    if lost: raise FileNotFoundError(f"{path}, line {lost[0][0]}: no image for the id {lost[0][1]!r}{nearest_name(lost[0][1], names)} ({len(lost)} such lines). Correct or delete them")
     rest = sorted(set(images)-set(ids))
     if rest: raise ValueError(f"no line in {path} for {len(rest)} of {len(images)} images, first {rest[:3]}; add a line for each (with an empty cell, or zeros, if it shows no class) or move them out of the folder (masks: name their folder by masks=)")
 
@@ -847,7 +863,7 @@ class Folder(_Files):
         self.root, self.split, path = Path(root), "folder", Path(root)/labels
         if not self.root.is_dir(): raise FileNotFoundError(f"no folder {root}; name the one that holds the images and {labels}")
         self._masks = None if masks is None else Path(root)/masks
-        found = _find_images(self.root, self._masks)
+        found = find_images(self.root, self._masks)
         self._images, names = _name_images(found)
         rows = _rows(path, names)
         self._rel = {name: rel.rsplit(".", 1)[0] for name, rel in zip(self._images, found)}
@@ -937,6 +953,13 @@ def has_mask(ds, # any data set of the protocol
             ) -> bool: # without opening it where the data set can tell
     "Has an item a mask?"
     return ds.has_mask(i) if hasattr(ds, "has_mask") else ds[i].mask is not None
+
+# %% ../nbs/02_data.ipynb #32e995e3
+def weak_sample(ds, # any data set of the protocol
+                i:int # item
+               ) -> Sample: # mask None
+    "An item without its mask, which is not opened where the data set can do that"
+    return Sample(ds.ids[i], *weak_of(ds, i), None)
 
 # %% ../nbs/02_data.ipynb #fbfa607d
 def labelled(ds # any data set of the protocol

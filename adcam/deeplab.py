@@ -21,7 +21,7 @@ from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
 from torch import Tensor, nn
 from .classifier import learning_rate
 from .cnn import load_backbone, mini_path, resnet_mini
-from .conformer import _read
+from .conformer import read_weights
 from .data import IMAGENET_MEAN, IMAGENET_STD, to_tensor
 
 # %% ../nbs/12_deeplab.ipynb #f03badb2
@@ -312,7 +312,7 @@ def load_deeplab(
     path: str|Path,   # .safetensors, or .pth with tensors only, bare or under `model` or `state_dict`
 ) -> nn.Module:       # the same network, in eval mode
     "Load every weight, or raise a ValueError that says what differs and what to do"
-    state = _names_for(net, _read(path))
+    state = _names_for(net, read_weights(path))
     diff = _compare(net, state)
     if any(diff): raise ValueError(_in_words(net, path, state, diff))
     net.load_state_dict(state, strict=False)
@@ -333,7 +333,7 @@ def init_deeplab(
 ) -> list[str]:       # what was converted and what was left out, in words
     "Start weights for a training: everything below ASPP must fit, ASPP is taken if it has the same classes. Raises ValueError for any other file."
     if not isinstance(net, DeepLabV2): raise ValueError(f"init_deeplab fills a DeepLabV2, not {type(net).__name__}; for upernet use pretrained=True, for the small networks weights=")
-    changes, state = _converted(net, timm.create_model("resnet101.tv_in1k", pretrained=True).state_dict() if path == "timm" else _read(path))
+    changes, state = _converted(net, timm.create_model("resnet101.tv_in1k", pretrained=True).state_dict() if path == "timm" else read_weights(path))
     notes, body = _split_head(net, state)
     missing, unexpected, shapes = _compare(net, body)
     missing = [k for k in missing if k in body or not k.startswith(net.head)]

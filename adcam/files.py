@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HOST', 'atomic_write', 'sweep', 'FolderInUse', 'at_work', 'one_at_a_time', 'read_json', 'difference', 'claimed',
-           'write_report', 'read_reports', 'why_left_out', 'Account', 'follow_parent', 'shielded', 'WorkerDied',
-           'dead_workers_in_words']
+           'made_with', 'label_source', 'write_report', 'read_reports', 'why_left_out', 'Account', 'follow_parent',
+           'shielded', 'WorkerDied', 'dead_workers_in_words']
 
 # %% ../nbs/00b_files.ipynb #887d8a85
 import contextlib, errno, functools, hashlib, inspect, itertools, json, os, re, signal, socket, threading, time
@@ -187,6 +187,22 @@ def claimed(
     with at_work(folder, "run" if shard[1] == 1 else f"run-{shard[0]}-of-{shard[1]}", job):
         with at_work(folder, "settings", job, wait=60): _settle(folder, settings, pattern, force, job, what)
         yield
+
+# %% ../nbs/00b_files.ipynb #b62f4028
+def made_with(
+    folder: str | Path,  # of results
+) -> str:                # 16 hex digits, or "unknown"
+    "Short hash of a folder's settings.json: how its files were made"
+    path = Path(folder) / "settings.json"
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.exists() else "unknown"
+
+def label_source(
+    labels: str | Path | Callable,  # folder of `<id>.png`, or a function of a sample
+) -> str:
+    "What labels are: the name of a function, or how a folder's files were made, with their names and sizes"
+    if callable(labels): return getattr(labels, "__name__", type(labels).__name__)
+    files = "".join(f"{p.name} {p.stat().st_size}\n" for p in sorted(Path(labels).glob("*.png")))
+    return f"{made_with(labels)} {hashlib.sha256(files.encode()).hexdigest()[:16]}"
 
 # %% ../nbs/00b_files.ipynb #321772f2
 def write_report(

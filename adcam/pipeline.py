@@ -22,7 +22,7 @@ import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
+from .progress import tqdm
 import adcam
 from .cam import ad_cam, ad_cam_grid, attention_received, co_neighbor, normalize, patch_attention, same_object_auc
 from .cnn import shipped_weights
@@ -87,6 +87,7 @@ class _SeedSettings:
     self_: str = "in"
     renorm: str = "after_mean"
     k_mode: str = "fixed"
+    layers: int | None = None            # blocks whose attention is averaged, counted from the last; None: all
     scales: tuple[float, ...] = (1.0, 0.5, 1.5, 2.0)
     flip: bool = True
     size_mode: str = "round"
@@ -512,7 +513,7 @@ def _chunks(indices: list, processes: int, start: tuple, size: int = 5):
         except BaseException: pool.shutdown(cancel_futures=True); raise
 
 # %% ../nbs/13_pipeline.ipynb #9b099160
-MEASURED_BY = tuple(f"adcam.{m}" for m in ("scenes", "data", "conformer", "cam", "evaluation", "seeds", "pipeline"))
+MEASURED_BY = tuple(f"adcam.{m}" for m in ("drawing", "scenes", "data", "conformer", "cam", "evaluation", "seeds", "pipeline"))
 
 # %% ../nbs/13_pipeline.ipynb #39c99488
 def count(

@@ -8,30 +8,31 @@ __all__ = ['RANGE', 'RECIPES', 'RUN_FILES', 'training_view', 'load_mask', 'MaskC
            'predict', 'predict_dataset', 'score_predictions', 'voc_archive']
 
 # %% ../nbs/12b_segment.ipynb #a6e652cd
-import io, json, math, re, tarfile, warnings, zipfile
+import io, json, re, tarfile, warnings, zipfile
 import numpy as np
 import torch
 import torch.nn.functional as F
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
-from tqdm.auto import tqdm
-from .classifier import Late, _train_mode, _whole_batch, _write_run, save_weights
+from .progress import tqdm
 from .crf import DEEPLAB, dense_crf, unary_from_logits
-from .data import Skipped, image_of, mask_of, read_mask
+from .data import Skipped, image_of, mask_of, read_mask, save_mask
 from .deeplab import poly_rate, segmentation_loss
-from .devices import PRECISIONS, memory_for, numerics, precision as computed_in
+from .devices import memory_for, numerics, precision as computed_in
 from .evaluation import confusion, scores
-from .irnet import MAX_SIDE, _label_source, _make_folder, save_mask
+from .folders import MAX_SIDE, make_folder
 from .scenes import Sample
-from .training import arithmetic, device_of, make_accelerator, model_fingerprint, origin, precision_name
-from .files import atomic_write, difference, one_at_a_time, why_left_out
+from .training import (arithmetic, check_mixed_precision, check_numbers, device_of, make_accelerator, model_fingerprint, need, origin, precision_name, read_run, save_weights,
+                            settings_of, take_steps, train_mode, whole_batch, write_run)
+from .files import atomic_write, difference, label_source, one_at_a_time, why_left_out
 
 # %% ../nbs/12b_segment.ipynb #85e3e0e5
 def training_view(
@@ -143,16 +144,12 @@ RECIPES: dict[str, SegConfig] = dict(
 # %% ../nbs/12b_segment.ipynb #1e4c7cb2
 def _check_config(c, processes=1):
     "Refuse settings that cannot work, in words"
-    def need(ok, name, rule):
-        if not ok: raise ValueError(f"{name} is {getattr(c, name)!r}; it must be {rule}")
-    for name in ("iterations", "batch", "accumulate", "crop", "update", "check"): need(getattr(c, name) >= 1, name, "at least 1")
-    for name in ("lr", "power"): need(getattr(c, name) > 0, name, "above 0")
-    for name in ("warmup", "weight_decay", "momentum", "seed", "workers"): need(getattr(c, name) >= 0, name, "at least 0")
-    need(c.scales and min(c.scales) > 0, "scales", "one or more factors above 0")
-    need(c.optimizer in ("sgd", "adamw"), "optimizer", "'sgd' or 'adamw'")
-    need(precision_name(c.mixed_precision) in PRECISIONS, "mixed_precision", f"one of {', '.join(PRECISIONS)}")
-    need(c.batch % _parts(c, processes) == 0, "batch", f"a multiple of {_parts(c, processes)}: accumulate is {c.accumulate}, and there are {processes} processes")
-    need(c.patience is None or c.patience >= 1, "patience", "at least 1, or None")
+    check_numbers(c, at_least_1=("iterations", "batch", "accumulate", "crop", "update", "check"), above_0=("lr", "power"), at_least_0=("warmup", "weight_decay", "momentum", "seed", "workers"))
+    need(c, c.scales and min(c.scales) > 0, "scales", "one or more factors above 0")
+    need(c, c.optimizer in ("sgd", "adamw"), "optimizer", "'sgd' or 'adamw'")
+    check_mixed_precision(c)
+    need(c, c.batch % _parts(c, processes) == 0, "batch", f"a multiple of {_parts(c, processes)}: accumulate is {c.accumulate}, and there are {processes} processes")
+    need(c, c.patience is None or c.patience >= 1, "patience", "at least 1, or None")
 
 def _parts(c, processes):
     "Parts of a batch over all processes: `accumulate`, but at least one per process"
@@ -228,7 +225,7 @@ def _set_rates(optimizer, t, c):
 
 # %% ../nbs/12b_segment.ipynb #6ead5528
 def _gradients(acc, net, x, y, c):
-    "Gradients of this process' share of a batch; mean loss and share of predicted objects, (2,)"
+    "Gradients of this process' share of a batch; mean loss and share of predicted objects"
     parts, total = _parts(c, acc.num_processes)//acc.num_processes, 0
     known = [(part != 255).any() for part in y.chunk(parts)]                                # asked here, where nobody waits for it
     x, y = x.to(acc.device, non_blocking=True, memory_format=torch.channels_last), y.to(acc.device, non_blocking=True)
@@ -240,21 +237,7 @@ def _gradients(acc, net, x, y, c):
             acc.backward(loss/parts)
         objects = (logits[0].detach().argmax(1) > 0).float().mean()
         total = total + torch.stack([loss.detach().float(), objects])/parts
-    return total
-
-# %% ../nbs/12b_segment.ipynb #3e2363b1
-def _check_loss(loss, t, c):
-    if not math.isfinite(loss): raise FloatingPointError(f"the loss became {loss} in iteration {t}; lower lr ({c.lr}), try balanced=True or warmup, and look for NaN in images and start weights")
-
-def _step(acc, net, optimizer, x, y, t, c):
-    "One optimizer step: (loss, share of predicted objects) as `Late` numbers, learning rate"
-    _set_rates(optimizer, t, c)
-    torch.manual_seed(int(np.random.SeedSequence((c.seed, t, 2)).generate_state(1)[0]))   # dropout depends on (seed, t) only
-    optimizer.zero_grad()
-    late = Late(acc.reduce(_gradients(acc, net, x, y, c), "mean"))
-    if late.event is None: _check_loss(late.tolist()[0], t, c)                            # before the weights change; on a GPU one step later
-    optimizer.step()
-    return late, optimizer.param_groups[0]["lr"]
+    return dict(loss=total[0], objects=total[1])
 
 # %% ../nbs/12b_segment.ipynb #eaf2fcdd
 def _guard(history, c, share):
@@ -268,10 +251,9 @@ def _guard(history, c, share):
 # %% ../nbs/12b_segment.ipynb #f07a2a1d
 def _settings(net, ds, masks, c, acc):
     "What must be the same for a run to be continued"
-    same = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(c).items() if k not in ("workers", "mixed_precision")}
     size = sum(p.numel() for p in net.parameters())
     code = sorted({m for m in ("adcam.segment", "adcam.data", type(net).__module__) if m.startswith("adcam.")})
-    return same | dict(data=ds.fingerprint(), masks=_label_source(masks), network=type(net).__name__, parameters=size, num_classes=net.num_classes,
+    return settings_of(c) | dict(data=ds.fingerprint(), masks=label_source(masks), network=type(net).__name__, parameters=size, num_classes=net.num_classes,
                        parts=_parts(c, acc.num_processes), **origin(net, acc.device, precision_name(c.mixed_precision), *code))
 
 # %% ../nbs/12b_segment.ipynb #04eefe86
@@ -294,20 +276,9 @@ def _open_run(out, settings, resume):
 def _save_run(acc, out, net, optimizer, run, finished):
     "last.pt to continue from, log.jsonl and settings.json for people, and the weights at the end"
     model = acc.unwrap_model(net)
-    _write_run(acc, out, run, net=model.state_dict(), optimizer=optimizer.state_dict())
+    write_run(acc, out, run, net, optimizer)
     if finished and acc.is_main_process: save_weights(model, out/"weights.safetensors")
     acc.wait_for_everyone()
-
-# %% ../nbs/12b_segment.ipynb #c1d405ec
-def _load_run(acc, path, net, optimizer, run):
-    "Continue from last.pt"
-    try: state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # a torn file can fail in any way
-        raise ValueError(f"cannot read {path} ({type(e).__name__}); pass force=True to start again") from e
-    acc.unwrap_model(net).load_state_dict(state["net"])
-    optimizer.load_state_dict(state["optimizer"])
-    if "scaler" in state and acc.scaler is not None: acc.scaler.load_state_dict(state["scaler"])
-    return dict(run, history=state["history"], best=state["best"])
 
 # %% ../nbs/12b_segment.ipynb #66c8e429
 class _Curves:
@@ -404,29 +375,21 @@ def _begin(net, c):
     "Training mode, with BatchNorm as the settings or the network want it"
     model = getattr(net, "module", net)                                                       # inside of DDP
     if c.freeze_bn is not None: model.freeze_bn = c.freeze_bn
-    _train_mode(net, getattr(model, "freeze_bn", False))
-
-def _note(run, waiting, c, share, bar, keep=0):
-    "Rows of the steps whose numbers have come; `keep` of them may still be on the way"
-    while len(waiting) > keep:
-        t, late, lr = waiting.pop(0)
-        loss, objects = late.tolist()
-        _check_loss(loss, t, c)
-        run["history"].append(dict(step=t + 1, loss=loss, objects=objects, lr=lr))
-        bar.update(); bar.set_postfix(loss=f"{loss:.3f}")
-        _guard(run["history"], c, share)
+    train_mode(net, getattr(model, "freeze_bn", False))
 
 def _loop(acc, net, optimizer, loader, run, c, val, out, share, bar, curves):
-    "The iterations that are left"
-    waiting = []
-    for t, (x, y) in enumerate(loader, len(run["history"])):
-        late, lr = _step(acc, net, optimizer, x, y, t, c)
-        waiting.append((t, late, lr))
-        due = not (t + 1) % c.check or t + 1 >= c.iterations
-        _note(run, waiting, c, share, bar, keep=late.event is not None and not due)
-        if not due: continue
+    "The iterations that are left, from one check to the next, by the loop of 03b"
+    batches = iter(loader)
+    def before(t):
+        _set_rates(optimizer, t, c)
+        torch.manual_seed(int(np.random.SeedSequence((c.seed, t, 2)).generate_state(1)[0]))   # dropout depends on (seed, t) only
+    while (done := len(run["history"])) < c.iterations:
+        until = min(c.check*(done//c.check + 1), c.iterations)
+        take_steps(acc, optimizer, run, islice(batches, until - done), lambda batch: _gradients(acc, net, *batch, c), bar=bar, before=before,
+                   columns=lambda: dict(lr=optimizer.param_groups[0]["lr"]), noted=lambda: _guard(run["history"], c, share),
+                   remedy=lambda: f"lower lr ({c.lr}), try balanced=True or warmup, and look for NaN in images and start weights")
         _checkpoint(acc, net, optimizer, run, val, out, c)
-        curves.add(run["history"][t - t % c.check:])
+        curves.add(run["history"][done:])
         _begin(net, c)
 
 # %% ../nbs/12b_segment.ipynb #0ae0232d
@@ -459,13 +422,13 @@ def train_segmentation(
     found = check_masks(ds, masks, net.num_classes, progress and acc.is_main_process)
     _begin(net.to(memory_format=torch.channels_last), c)
     model, optimizer = acc.prepare(net, _optimizer(net, c))
-    if goes_on: run = _load_run(acc, out/"last.pt", model, optimizer, run)
+    if goes_on: run = read_run(acc, out/"last.pt", run, model, optimizer, again="pass force=True to start again")
     start, views = len(run["history"]), SegViews(ds, masks, net, c, found.usable)
     order = Stream(len(views), c.batch, c.seed, start, c.iterations, acc.process_index, acc.num_processes)
     loader = DataLoader(views, batch_sampler=order, num_workers=c.workers, pin_memory=acc.device.type == "cuda")
     curves = _Curves(out if acc.is_main_process else None, start)
     size = f"a step of {c.batch//_parts(c, acc.num_processes)} views of {c.crop}x{c.crop}"
-    with _whole_batch(model, acc, True), arithmetic(net, c.mixed_precision, size, "batch or crop, or accumulate more parts"), tqdm(total=c.iterations, initial=start, desc="segmentation", disable=not (progress and acc.is_main_process)) as bar:
+    with whole_batch(model, acc, True), arithmetic(net, c.mixed_precision, size, "batch or crop, or accumulate more parts"), tqdm(total=c.iterations, initial=start, desc="segmentation", disable=not (progress and acc.is_main_process)) as bar:
         try: _loop(acc, model, optimizer, loader, run, c, val, out, 1 - found.pixels[0]/found.pixels.sum(), bar, curves)
         finally: curves.close(); net.eval()
     return run["history"]
@@ -539,7 +502,7 @@ def predict_dataset(
         return out/f"{part.ids[i]}.png", z.numpy() if place.type == "cpu" else z, image, crf, options
     settings = options | dict(kind="predictions", crf=crf, data=ds.fingerprint(), network=model_fingerprint(net), **numerics(place, precision))
     with memory_for("one whole image", "the size of the images"):
-        done = _make_folder(part, out, settings, prepare, _prediction_file, processes, force, progress, "predict", shard, device=place)
+        done = make_folder(part, out, settings, prepare, _prediction_file, processes, force, progress, "predict", shard, device=place)
     return dict(computed=done["computed"], cached=done["cached"], skipped=done["skipped"])
 
 class _Part:
@@ -576,7 +539,7 @@ def _indexed(path, size):
     try:
         with Image.open(path) as im: mode, ids = im.mode, np.array(im)
     except (OSError, SyntaxError) as e: raise ValueError(f"cannot read {path} ({e}); delete it and predict again") from e
-    if mode != "P": raise ValueError(f"{path} has color mode {mode}; the server wants a palette PNG of class ids (adcam.irnet.save_mask writes one)")
+    if mode != "P": raise ValueError(f"{path} has color mode {mode}; the server wants a palette PNG of class ids (adcam.data.save_mask writes one)")
     if ids.max() > 20: raise ValueError(f"{path} holds class id {ids.max()}; VOC has 0 (background) to 20, and a prediction has no 255")
     if size and ids.shape != size: raise ValueError(f"{path} is {ids.shape[0]}x{ids.shape[1]}, its image {size[0]}x{size[1]}; predict it again")
     return path.read_bytes()

@@ -14,7 +14,7 @@ from typing import Callable, Iterable, NamedTuple
 import joblib, numpy as np, pooch, requests
 from PIL import Image
 from scipy.io import loadmat
-from tqdm import tqdm
+from .progress import tqdm
 from .data import COCO_COUNTS, VOC_COUNTS, Skipped, check_id, coco2014, coco_label, coco_mask, folder, read_coco, read_list, read_mask, skipped_report, usable, disagreements, voc2012, voc_root
 from .files import atomic_write, dead_workers_in_words, follow_parent, sweep
 from .viz import palette

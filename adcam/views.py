@@ -6,11 +6,11 @@
 __all__ = ['aligned_view', 'Views', 'ViewsConfig', 'fit_views']
 
 # %% ../nbs/04b_views.ipynb #bd3a5d62
-import io, json, math
+import json
 import numpy as np
 import torch
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from accelerate import Accelerator
@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import ColorJitter
 from torchvision.transforms.functional import to_pil_image
-from tqdm.auto import tqdm
-from .classifier import EpochBatches
+from .progress import tqdm
 from .data import to_tensor
-from .files import atomic_write, one_at_a_time
-from .training import arithmetic, make_accelerator, origin
+from .files import one_at_a_time
+from .training import EpochBatches, arithmetic, check_numbers, make_accelerator, origin, read_run, settings_of, train_epochs
 
 # %% ../nbs/04b_views.ipynb #d15803e0
 def _span(rng: np.random.Generator, n: int, crop: int) -> tuple[slice, slice]:
@@ -89,43 +88,12 @@ class ViewsConfig:
     seed: int = 0                    # of order and views
     workers: int = 0                 # processes that prepare views
 
-# %% ../nbs/04b_views.ipynb #5d1f1970
-def _save(acc: Accelerator, path: Path, task: nn.Module, optimizer: Any, run: dict) -> None:
-    "What a later process needs to continue, and a log for people"
-    if acc.is_main_process:
-        torch.save(dict(run, task=acc.unwrap_model(task).state_dict(), optimizer=optimizer.state_dict()), buffer := io.BytesIO())
-        atomic_write(path.parent / "log.jsonl", lambda f: f.write("".join(json.dumps(r) + "\n" for r in run["history"]).encode()))
-        atomic_write(path, lambda f: f.write(buffer.getvalue()))
-    acc.wait_for_everyone()
-
-def _load(path: Path, task: nn.Module, optimizer: Any, run: dict) -> dict:
-    "Continue; refuse a file with other settings, data or processes"
-    try: state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # a torn file can fail in any way
-        raise ValueError(f"cannot read {path} ({type(e).__name__}); delete it to start again") from e
-    for k in sorted(run["settings"].keys() | state["settings"].keys()):
-        was, now = state["settings"].get(k), run["settings"].get(k)
-        if was != now: raise ValueError(f"{path} was trained with {k} = {was!r}, now it is {now!r}; use another folder, the old value, or resume=False")
-    task.load_state_dict(state["task"])
-    optimizer.load_state_dict(state["optimizer"])
-    return dict(run, epoch=state["epoch"], history=state["history"])
-
 # %% ../nbs/04b_views.ipynb #6ebfe5c2
 def _settings(task: nn.Module, views: Views, config: ViewsConfig, source: str, acc: Accelerator) -> dict:
     "What must be the same for a run to be continued"
     code = sorted({"adcam.views", type(task).__module__} - {"__main__"})
-    same = {k: v for k, v in asdict(config).items() if k != "workers"} | dict(task=type(task).__name__, data=views.ds.fingerprint(), maps=source, processes=acc.num_processes)
+    same = settings_of(config, ("workers",)) | dict(task=type(task).__name__, data=views.ds.fingerprint(), maps=source, processes=acc.num_processes)
     return json.loads(json.dumps(same | origin(task, acc.device, "fp32", *code)))
-
-def _step(acc: Accelerator, task: nn.Module, optimizer: Any, x: Tensor, target: Tensor, config: ViewsConfig) -> dict[str, float]:
-    "One optimizer step; the losses, averaged over the processes"
-    losses = task(x.to(acc.device), target.to(acc.device))
-    optimizer.zero_grad()
-    acc.backward(losses["loss"])
-    values = acc.reduce(torch.stack([v.detach().float() for v in losses.values()]), "mean").tolist()
-    if not all(map(math.isfinite, values)): raise FloatingPointError(f"the loss became {dict(zip(losses, values))}; lower lr ({config.lr}), or look for NaN in images and maps")
-    optimizer.step()
-    return dict(zip(losses, values))
 
 # %% ../nbs/04b_views.ipynb #0f763278
 @one_at_a_time()
@@ -141,24 +109,22 @@ def fit_views(
     device: str = "auto",          # where it learns, see `adcam.devices.pick_device`; the network stays there
 ) -> list[dict]:                   # a row per step: step, epoch, losses
     "Train on aligned views, resumable to the last bit; several processes by `accelerate launch`"
-    for name in ("epochs", "batch", "lr"):
-        if not getattr(config, name) > 0: raise ValueError(f"{name} is {getattr(config, name)}; it must be above 0")
-    acc, last = accelerator or make_accelerator("fp32", device), None if out is None else Path(out) / "last.pt"
+    check_numbers(config, above_0=("epochs", "batch", "lr"))
+    acc, out = accelerator or make_accelerator("fp32", device), None if out is None else Path(out)
     order = EpochBatches(len(views), config.batch, config.seed, acc.process_index, acc.num_processes)
     loader = DataLoader(views, batch_sampler=order, num_workers=config.workers, pin_memory=acc.device.type == "cuda")
     run, total = dict(epoch=0, history=[], settings=_settings(task, views, config, source, acc)), config.epochs*len(loader)
     task.reduce, task.processes = lambda n: acc.reduce(n, "sum"), acc.num_processes
     optimizer = task.to(acc.device).optimizer(config, total)
-    if resume and last and last.exists(): run = _load(last, task, optimizer, run)
+    if resume and out and (out / "last.pt").exists(): run = read_run(acc, out / "last.pt", run, task, optimizer)
     net = acc.prepare(task)
+    def gradients(batch):
+        losses = net(*(v.to(acc.device) for v in batch))
+        acc.backward(losses["loss"])
+        return losses
     with (arithmetic(task, "fp32", f"a step of {order.share} views of {config.crop}x{config.crop}", "batch or crop"),
           tqdm(total=total, initial=run["epoch"]*len(loader), desc=type(task).__name__, disable=not (progress and acc.is_main_process)) as bar):
-        for epoch in range(run["epoch"], config.epochs):
-            views.set_epoch(epoch); order.epoch = epoch; net.train()
-            for x, target in loader:
-                run["history"].append(dict(step=len(run["history"]) + 1, epoch=epoch, **_step(acc, net, optimizer, x, target, config)))
-                bar.update(); bar.set_postfix(loss=f"{run['history'][-1]['loss']:.3f}")
-            run["epoch"] = epoch + 1
-            if last: _save(acc, last, net, optimizer, run)
+        train_epochs(acc, net, optimizer, run, config.epochs, loader, gradients, out=out, begin=lambda epoch: net.train(),
+                     bar=bar, remedy=lambda: f"lower lr ({config.lr}), or look for NaN in images and maps")
     task.eval()
     return run["history"]

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BLOCKS', 'WHY', 'CODE', 'Plan', 'plan_dict', 'as_plan', 'shared_maps', 'block_means', 'stacked_points', 'count_maps',
            'score_counts', 'attention_numbers', 'Source', 'Workers', 'check_photographs', 'count_list', 'merge_chunks',
-           'best_thresholds', 'list_rows', 'mean_average_precision', 'Counts', 'load_counts', 'other_list',
-           'counts_rows', 'ledger', 'photograph_rows', 'median_photographs', 'why_rows', 'recipe', 'train_one']
+           'best_thresholds', 'list_rows', 'Counts', 'load_counts', 'other_list', 'counts_rows', 'ledger',
+           'photograph_rows', 'median_photographs', 'why_rows', 'recipe', 'train_one']
 
 # %% ../nbs/13e_voc.ipynb #c6e87c9d
 import hashlib, json, math, os, time
@@ -19,7 +19,7 @@ import torch
 import torch.multiprocessing as mp
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
+from .progress import tqdm
 from .branches import TwoBranch
 from .cam import attention_received, co_neighbor, patch_attention, same_object_auc
 from .classifier import TrainConfig
@@ -391,18 +391,6 @@ def list_rows(
             rows.append(dict(split=split, n=n, seed=seeds[s], **more, blocks=BLOCKS[b], **plan.points[p]._asdict(), rule=rule, t=plan.thresholds[t],
                              **{v: float(x[b, p, s, t]) for v, x in table.items()}))
     return rows
-
-# %% ../nbs/13e_voc.ipynb #e9fdcf29
-def mean_average_precision(
-    logits: np.ndarray,  # (n,K)
-    labels: np.ndarray,  # (n,K) 0 or 1
-) -> float:              # mean over the classes that occur
-    "Average of precision at every positive, in the order of the logits"
-    order = np.argsort(-logits, 0, kind="stable")
-    hit = np.take_along_axis(labels > 0, order, 0)                           # (n,K)
-    precision = hit.cumsum(0) / np.arange(1, len(hit) + 1)[:, None]          # (n,K)
-    there = hit.any(0)
-    return float(((precision * hit).sum(0)[there] / hit.sum(0)[there]).mean())
 
 # %% ../nbs/13e_voc.ipynb #dad97f61
 class Counts(NamedTuple):

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import save_file
 from torch import nn
-from adcam.branches import TwoBranch, VOC_IMAGENET, _attend, _one_prefix, _own_head, _own_vit_head, _pooled, _to_grid, group_maps, read_attention
+from adcam.branches import TwoBranch, VOC_IMAGENET, _attend, _one_prefix, _own_head, _own_vit_head, pooled_tokens, _to_grid, group_maps, read_attention
 from adcam.cam import ad_cam, att_diffu, cam_map, patch_attention, trans_cam, ts_cam
 
 # name, options, prefix tokens, has a class token
@@ -163,7 +163,7 @@ def test_own_vit_head_is_timms():
         head = _own_vit_head(vit)
         x = image(vit)
         if head is None: assert "dino" in name or "eva" in name
-        else: assert torch.allclose(head(_pooled(vit, vit.forward_features(x))), vit(x), atol=1e-4), name
+        else: assert torch.allclose(head(pooled_tokens(vit, vit.forward_features(x))), vit(x), atol=1e-4), name
 
 
 @pytest.mark.parametrize("K", [None, 3])
@@ -302,6 +302,15 @@ def test_no_network(monkeypatch, tmp_path):
     cnn = timm.create_model("test_resnet")
     save_file(cnn.state_dict(), tmp_path / "c.safetensors")
     with pytest.raises(ConnectionError, match="--vit-weights FILE"): TwoBranch("test_resnet", "deit_tiny_patch16_224", cnn_weights=tmp_path / "c.safetensors", pretrained=True)
+
+
+def test_a_silent_name_server_costs_seconds(monkeypatch):
+    "requests knows no timeout for names: the question is left after a while, and the reason is one line"
+    import time
+    import adcam.branches as branches
+    monkeypatch.setattr("requests.head", lambda *a, **k: time.sleep(30))
+    began = time.monotonic()
+    assert branches._silent("https://example.org", .2) == "no answer in 0.2 s" and time.monotonic() - began < 2
 
 
 def test_checkpoint(tmp_path):

@@ -1,4 +1,4 @@
-"""The inspector in a real browser: JupyterLab in Chromium, two sliders and clicks, with no request leaving the machine.
+"""The page nbs/inspector.ipynb in a real browser: JupyterLab in Chromium, two sliders and clicks, with no request leaving the machine.
 
 Skipped where there is no Chromium, playwright or JupyterLab. ADCAM_SCREENSHOT names a PNG to keep what the browser showed."""
 import importlib.util
@@ -15,6 +15,7 @@ from pathlib import Path
 from time import monotonic, sleep
 
 import pytest
+from conftest import ROOT
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 NEEDED = [name for name in ("playwright", "jupyterlab", "ipywidgets", "ipyevents") if importlib.util.find_spec(name) is None]
@@ -22,17 +23,6 @@ pytestmark = pytest.mark.skipif(bool(NEEDED or not CHROMIUM), reason=f"needs Chr
 
 FLAGS = ("--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
          "--disable-component-update --disable-sync").split()
-CODE = """
-import torch
-from adcam.conformer import conformer_mini
-from adcam.photo import inspect
-from adcam.pipeline import checkpoint_path
-from adcam.scenes import Scenes
-torch.set_num_threads(1)
-ds = Scenes("val", 4)
-model = conformer_mini(10, checkpoint=checkpoint_path(0))
-inspect(ds[3].image, model=model, class_names=ds.classes, size=192)
-"""
 # what the picture shows, as a string: the blob URL alone would also change if the same picture were sent again
 PIXELS = """name => {
     const img = document.querySelector(name), canvas = document.createElement('canvas');
@@ -88,13 +78,6 @@ def chromium_page():
         finally: browser.close()
 
 
-def write_notebook(path: Path) -> None:
-    import nbformat
-    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CODE.strip())])
-    nb.metadata["kernelspec"] = {"name": "python3", "display_name": "python3", "language": "python"}
-    nbformat.write(nb, path)
-
-
 class Screen:
     "The pictures of the inspector on a page."
     def __init__(self, page): self.page = page
@@ -108,7 +91,7 @@ class Screen:
 
 
 def test_sliders_and_clicks_change_the_pictures(tmp_path):
-    write_notebook(tmp_path / "inspector.ipynb")
+    shutil.copy(ROOT / "nbs/inspector.ipynb", tmp_path)
     outside, faults = [], []
     with jupyterlab(tmp_path) as address, chromium_page() as page:
         page.on("request", lambda r: None if r.url.startswith(("http://127.0.0.1:", "data:", "blob:")) else outside.append(r.url))
@@ -126,6 +109,7 @@ def test_sliders_and_clicks_change_the_pictures(tmp_path):
         handles = page.locator(".noUi-handle")
         assert handles.count() == 2
         readouts = page.locator(".widget-readout").all_inner_texts()
+        assert readouts == ["50", "2"]                                        # the paper's k and T
         handles.nth(0).press("ArrowRight")                                    # k
         after_k = screen.changed({name: start[name] for name in ("heat", "kept", "refined")})
         assert (screen.pixels("A"), screen.pixels("S")) == (start["A"], start["S"])  # a row of A does not depend on k

@@ -9,6 +9,7 @@ import pytest
 import torch
 from nbformat import v4
 from PIL import Image
+from conftest import ROOT
 
 from adcam.cli import _parameters, main
 
@@ -172,6 +173,65 @@ def test_quick_checkpoints_need_folders_of_their_own(run):
     assert code == 2 and "--out" in err
 
 
+# ---------------------------------------------------------------- photographs of one's own
+
+NETWORKS = ["--cnn", "test_resnet", "--vit", "test_vit", "--random-weights", "--size", 96]
+
+
+@pytest.fixture
+def album(tmp_path):
+    "Two photographs, one broken file and a text."
+    rng = np.random.default_rng(0)
+    for name in ("a.png", "b.jpg"):
+        Image.fromarray(rng.integers(0, 256, (64, 80, 3), dtype=np.uint8)).save(tmp_path / name)
+    (tmp_path / "c.jpg").write_bytes(b"torn")
+    (tmp_path / "notes.txt").write_text("no picture")
+    return tmp_path
+
+
+def test_explain_takes_a_folder_and_names_what_is_broken(run, album, tmp_path, monkeypatch):
+    from adcam import photo
+    built = photo._build.cache_info().misses
+    code, out, err = run("explain", album, *NETWORKS, "--classes", "cat,lynx", "--out", tmp_path / "o", "--save-masks", tmp_path / "m", "--save-maps", tmp_path / "s", "--threshold", "auto")
+    assert code == 1 and "1 of 3 images were skipped" in err and "c.jpg is no picture" in err
+    assert sorted(p.name for p in (tmp_path / "o").iterdir()) == ["a.png", "b.png"] and "wrote 2 pictures" in out and "Otsu" in out
+    assert photo._build.cache_info().misses - built <= 1, "the networks are built once"
+    assert (tmp_path / "m/classes.txt").read_text() == "cat\nlynx\n" and Image.open(tmp_path / "m/b.png").mode == "P"
+    from adcam.seeds import load_seed
+    seed = load_seed(tmp_path / "s/a.npz")
+    assert seed.keys.tolist() == [0, 1] and seed.high_res.shape == (2, 64, 80) and seed.cam.shape == (2, 16, 20)
+
+
+def test_explain_one_photograph(run, album, tmp_path):
+    code, out, _ = run("explain", album / "a.png", *NETWORKS, "--top", 3, "--out", tmp_path / "o.png")
+    assert code == 0 and out.count("\nclass ") == 3 and (tmp_path / "o.png").is_file()
+    assert run("explain", album / "c.jpg", *NETWORKS)[0] == 2
+    code, _, err = run("explain", album / "a.png", album / "b.jpg", *NETWORKS, "--out", tmp_path / "o.png")
+    assert code == 2 and "name a folder" in err
+    (tmp_path / "none").mkdir()
+    code, _, err = run("explain", tmp_path / "none", *NETWORKS)
+    assert code == 2 and "no picture in" in err
+
+
+def test_explain_knows_the_classes_of_a_trained_pair(run, photos, album, tmp_path):
+    pair = ["--network", "test_resnet+test_vit"]
+    assert run("train-heads", "--data", photos, *pair, "--out", tmp_path / "heads")[0] == 0
+    words = ["explain", album / "a.png", "--weights", tmp_path / "heads/weights.safetensors", "--size", 96, "--out", tmp_path / "o.png"]
+    code, out, _ = run(*words, "--classes", "bird,dog")
+    assert code == 0 and "class 2 bird" in out and "class 11 dog" in out
+    code, _, err = run(*words, "--classes", "tabby")
+    assert code == 2 and "among the 20 of this network" in err
+
+
+def test_explain_of_weights_that_do_not_say_what_they_are(run, album, weights, tmp_path):
+    words = ["explain", album / "a.png", "--weights", weights, "--size", 96, "--out", tmp_path / "o.png"]
+    code, _, err = run(*words)
+    assert code == 2 and "--network and --class-names" in err
+    names = ",".join(f"thing {i}" for i in range(20))
+    code, out, _ = run(*words, "--network", "mini", "--class-names", names, "--classes", "thing 3")
+    assert code == 0 and "class 3 thing 3" in out
+
+
 # ---------------------------------------------------------------- papermill
 
 @pytest.fixture
@@ -227,3 +287,83 @@ def test_paper_command(run, notebook, tmp_path, monkeypatch):
 def test_unknown_figure(run):
     code, _, err = run("paper", "fig44")
     assert code == 2 and "no notebook 'fig44'" in err
+
+def test_two_sets_of_parameters_have_two_folders(run, notebook, tmp_path, monkeypatch):
+    monkeypatch.setattr("adcam.cli._paper_notebook", lambda name: notebook)
+    monkeypatch.delenv("ADCAM_RESULTS", raising=False)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")                                 # not in the clone: results belong here
+    for k in (8, 9):
+        assert run("paper", "tiny", "-p", f"k={k}")[0] == 0
+    found = sorted((tmp_path / "elsewhere/results/try").iterdir())
+    assert len(found) == 2 and all(p.name.startswith("tiny-") for p in found)
+    assert sorted("8 [1]" in (p / "tiny.ipynb").read_text() for p in found) == [False, True]
+
+
+def test_a_folder_belongs_to_values_not_to_how_they_were_given(notebook, monkeypatch, tmp_path):
+    from adcam.cli import _try_folder
+    assert _try_folder(notebook, {}) == _try_folder(notebook, dict(k=2)) == _try_folder(notebook, dict(ks=[1], out_dir="x")) != _try_folder(notebook, dict(k=3))
+
+
+def test_the_folder_of_a_config_is_for_the_config_as_it_stands(run, tmp_path, monkeypatch):
+    went = []
+    monkeypatch.setattr("adcam.cli._execute", lambda notebook, target, given: went.append((target.parent.as_posix(), given["out_dir"])))
+    for words in ([], ["-p", "k=20"], ["-p", "k=20", "--out", tmp_path], ["-p", "out_dir=mine"]):
+        assert run("paper", "fig4", "--full", *words)[0] == 0
+    (a, b), (c, d), (e, f), (g, h) = went
+    assert a == b == "results/mini" and c == d != a and "try/fig4-" in c and e == f == tmp_path.as_posix() and g == h == "mine"
+
+
+def test_notebooks_are_listed_without_a_name(run):
+    code, out, _ = run("paper", "--list")
+    names = sorted(p.stem for p in (ROOT / "nbs/paper").glob("*.ipynb"))
+    assert code == 0 and [line.split()[0] for line in out.splitlines()] == names
+    help_text = run("paper", "--help")[1]
+    assert all(n in help_text for n in names)
+    code, _, err = run("paper")
+    assert code == 2 and "fig4" in err and "--list" in err
+
+
+def test_notebooks_of_a_wheel_are_found(run, tmp_path, monkeypatch):
+    import shutil
+    import sysconfig
+    from adcam import cli
+    share, package = tmp_path / "share/adcam", tmp_path / "site/adcam"
+    (share / "configs").mkdir(parents=True), (share / "nbs/paper").mkdir(parents=True), package.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "__file__", str(package / "cli.py"))
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    code, _, err = run("paper", "fig4")
+    assert code == 2 and "none are installed" in err and "clone" in err
+    shutil.copy(ROOT / "nbs/paper/fig4.ipynb", share / "nbs/paper")
+    shutil.copy(ROOT / "configs/fig4.yaml", share / "configs")
+    notebook = cli._paper_notebook("fig4")
+    assert notebook.parent == share / "nbs/paper" and cli._config(notebook, None, True) == cli._config(notebook, cli.Path("configs/fig4.yaml"), False) == share / "configs/fig4.yaml"
+
+
+def test_papermill_that_is_missing_is_one_line(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "papermill", None)
+    code, _, err = run("paper", "fig4")
+    assert code == 2 and err.count("\n") == 1 and "pip install 'adcam[dev]'" in err
+
+
+def test_a_measured_time_is_known_for_the_same_parameters(tmp_path):
+    from adcam.cli import _config, _measured, _paper_notebook, _parameters
+    notebook = _paper_notebook("fig4")
+    given = _parameters(notebook, _config(notebook, None, True), [])
+    seconds, file = _measured(notebook, given, tmp_path)
+    assert seconds > 60 and file.name == "fig4.json" and file.parent.name == "mini"
+    assert _measured(notebook, given | dict(n_train=7), tmp_path) == (None, None)
+
+
+def test_the_shell_completes_commands_and_notebooks():
+    import os
+    def complete(words, n):
+        env = os.environ | dict(_ADCAM_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=str(n))
+        return subprocess.run([sys.executable, "-c", "from adcam.cli import main; main()"], capture_output=True, text=True, env=env, cwd=ROOT).stdout.split()
+    assert complete("adcam expl", 1) == ["explain"] and complete("adcam paper fig", 2) == ["fig1", "fig4", "fig5", "fig6"]
+
+
+def test_what_cannot_be_fetched_is_not_offered(run, tmp_path):
+    assert "folder" not in run("data", "get", "--help")[1].replace("Folder of the data set", "")
+    assert run("data", "get", "folder", tmp_path)[0] == run("data", "convert", "folder", tmp_path)[0] == 2

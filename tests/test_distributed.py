@@ -7,7 +7,8 @@ from accelerate.state import AcceleratorState
 from timm.layers import BatchNormAct2d
 from torch import nn
 
-from adcam.classifier import PretrainConfig, _whole_batch_norm, pretrain, train
+from adcam.classifier import PretrainConfig, pretrain, train
+from adcam.training import _whole_batch_norm
 from test_classifier import QUICK, Photos, fresh
 
 WHOLE = replace(QUICK, epochs=2, sync_bn=True, drop_path=0.5)  # everything that could depend on the split is on

@@ -203,7 +203,7 @@ def test_a_killed_worker_is_one_sentence(parent, tmp_path):
 
 
 @pytest.mark.parametrize("module, call", [
-    ("irnet", lambda m: m._all_images([0, 1], lambda i: (i,), print, 2, print)), ("sources", lambda m: m._convert(print, [("a",), ("b",)], 2, "", False))])
+    ("folders", lambda m: m.all_images([0, 1], lambda i: (i,), print, 2, print)), ("sources", lambda m: m._convert(print, [("a",), ("b",)], 2, "", False))])
 def test_workers_of_every_stage_follow_their_parent(monkeypatch, module, call):
     import importlib
     found, module = {}, importlib.import_module(f"adcam.{module}")

@@ -16,6 +16,9 @@ from conftest import ROOT
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+sys.path.insert(0, str(ROOT / "tools"))
+import contents  # noqa: E402
+
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 PAPER = [p for p in NOTEBOOKS if p.parent.name == "paper"]
 MODULES = [p for p in NOTEBOOKS if p.parent == ROOT / "nbs" and p.name[0].isdigit()]  # the others are pages: index, scaling
@@ -57,18 +60,18 @@ def test_notebook_is_clean(path):
     assert nb.metadata.kernelspec.name == "python3"
     for cell in nb.cells:
         assert cell.get("execution_count") is None, f"run nbdev_clean: cell {cell.id} keeps its execution count"
-        assert set(cell.metadata) <= {"tags"}, f"run nbdev_clean: cell {cell.id} keeps {set(cell.metadata)}"
+        assert set(cell.metadata) <= {"tags", "jupyter"}, f"run nbdev_clean: cell {cell.id} keeps {set(cell.metadata)}"
+        assert cell.metadata.get("jupyter", {"source_hidden": True}) == {"source_hidden": True}, f"cell {cell.id} keeps {cell.metadata.jupyter}"
         assert "injected-parameters" not in cell.metadata.get("tags", []), "papermill wrote into nbs/"
         for output in cell.get("outputs", []):
             assert output.output_type != "error", f"cell {cell.id} was committed with its error"
 
 
 @pytest.mark.parametrize("path", PAPER, ids=name_of)
-def test_figure_notebook_has_one_parameters_cell_and_no_outputs(path):
+def test_figure_notebook_has_one_parameters_cell(path):
     cells = read(path).cells
     tagged = [i for i, c in enumerate(cells) if "parameters" in c.metadata.get("tags", [])]
     assert len(tagged) == 1, f"{len(tagged)} cells carry the tag `parameters`; papermill needs exactly one"
-    assert not any(c.get("outputs") for c in cells), "commit figure notebooks without outputs"
     lines = [x for x in cells[tagged[0]].source.splitlines() if x.strip() and not x.lstrip().startswith("#")]
     for line in lines:
         assert re.match(r"\w+\s*:\s*[\w\[\], .|]+=.*#\s*\S", line), f"`{line}` needs a type and a comment: papermill shows them as help"
@@ -100,6 +103,12 @@ def test_module_notebook_opens_with_title_and_promise(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
+def test_run_all_leaves_the_package_as_it_is(path):
+    code = "\n".join(c.source for c in read(path).cells if c.cell_type == "code")
+    assert "nbdev_export" not in code, "a reader's Run All would rewrite adcam/*.py; `make export` does it"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
 def test_notebook_names_no_machine_path(path):
     for cell in read(path).cells:
         texts = [cell.source]
@@ -117,6 +126,17 @@ def test_committed_texts_name_no_machine_path():
     files += [p for p in ROOT.iterdir() if p.suffix in TEXTS]
     found = {name_of(p): m[0] for p in files if (m := MACHINE_PATH.search(p.read_text(encoding="utf-8")))}
     assert not found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_contents_name_every_section(path):
+    listed = re.findall(r"\]\(#([^)]+)\)", read(path).cells[2].source)
+    assert listed == [h.replace("`", "").replace(" ", "-") for h in contents.headings([c | {"source": c.source} for c in read(path).cells])], "run tools/contents.py"
+
+
+def test_plumbing_is_folded_and_a_lesson_is_not():
+    assert contents.is_plumbing("#| hide\nx = 1") and contents.is_plumbing("#| export\nimport os") and contents.is_plumbing("#| export\ndef _check_config(c): pass")
+    assert not contents.is_plumbing("#| export\ndef affinity(edge): pass") and not contents.is_plumbing("show_images([])")
 
 
 # ---------------------------------------------------------------- exported modules
@@ -137,7 +157,9 @@ def test_module_imports_nothing_of_the_workshop(path):
             found |= {a.name.split(".")[0] for a in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level:
             found.add(node.module.split(".")[0])
-    assert not found & {"fastcore", "nbdev", "execnb", "pytest", "hypothesis"}
+    assert not found & {"nbdev", "execnb", "pytest", "hypothesis"}
+    tools = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("fastcore")]
+    assert all(ast.unparse(n) == "from fastcore.basics import patch" for n in tools), "of fastcore a module needs `patch`, and no more"
 
 
 @pytest.mark.parametrize("path", EXPORTED, ids=name_of)
@@ -156,6 +178,7 @@ def test_cam_imports_nothing_of_the_project():
 
 def test_modules_import_only_modules_above():
     order = {p.stem.split("_", 1)[-1]: i for i, p in enumerate([*MODULES, *COURSE])}
+    order["drawing"] = order["scenes"] - .5  # 01b: read after the data set, which is drawn by it
     wrong = []
     for path in EXPORTED:
         me = order[path.stem]
@@ -164,6 +187,13 @@ def test_modules_import_only_modules_above():
                 other = node.module.split(".")[-1]  # baselines.recam is 09a_recam
                 if order.get(other, -1) >= me: wrong.append(f"{path.stem} imports {node.module}")
     assert not wrong
+
+
+@pytest.mark.parametrize("path", EXPORTED, ids=name_of)
+def test_module_imports_no_private_name_of_another(path):
+    found = [f"{node.module}.{a.name}" for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom) and (node.level or "adcam" in node.module)
+             for a in node.names if a.name.startswith("_")]
+    assert not found
 
 
 # ---------------------------------------------------------------- README, settings, packaging
@@ -185,6 +215,24 @@ def test_readme_links_exist():
     links = re.findall(r"\]\(([^)#\s]+)", text) + re.findall(r'src="([^"]+)"', text)
     missing = [x for x in links if not re.match(r"[a-z]+:", x) and not (ROOT / x).exists()]
     assert links and not missing
+
+
+def test_readme_of_the_package_index_needs_no_files_beside_it():
+    sys.path.insert(0, str(ROOT / "tools"))
+    try:
+        from dist import absolute, repository
+    finally:
+        sys.path.pop(0)
+    text = absolute((ROOT / "README.md").read_text(), "https://example.org/adcam", "main")
+    links = re.findall(r"\]\(([^)\s]+)", text) + re.findall(r'src="([^"]+)"', text)
+    assert links and all(re.match(r"https?:|#", x) for x in links) and repository()[0].startswith("https://")
+    assert "![" in text and re.search(r"!\[[^\]]*\]\(https://example.org/adcam/raw/main/results/", text)
+    assert absolute("[a](b.md) ![c](d.png) [![e](f.png)](g.md) [h](#i) [j](https://k.l)", "u", "m") == "[a](u/blob/m/b.md) ![c](u/raw/m/d.png) [![e](u/raw/m/f.png)](u/blob/m/g.md) [h](#i) [j](https://k.l)"
+
+
+def test_a_wheel_carries_notebooks_and_configs():
+    files = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["data-files"]
+    assert files == {"share/adcam/nbs/paper": ["nbs/paper/*.ipynb"], "share/adcam/configs": ["configs/*.yaml"]}
 
 
 def test_settings_agree_with_pyproject(settings, project):
@@ -258,12 +306,18 @@ def test_make_help_lists_every_target():
     assert set(re.findall(r"^  make ([\w-]+)", listed, re.M)) == set(phony)
 
 
+def test_make_help_says_how_long_a_figure_takes():
+    listed = subprocess.run(["make", "-s", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    silent = [line for line in listed.splitlines() if re.match(r"  make (fig|table|theorem|results|checkpoints|test|bench |photos|coco)", line) and not re.search(r"\(.*(min|minute|h|hours|days|seconds)\b", line)]
+    assert not silent
+
+
 @pytest.mark.parametrize("path", PAPER, ids=name_of)
 def test_make_runs_every_figure_at_full_size(path):
     target = {"fig4": "figure4"}.get(path.stem, path.stem)
     folder = {"photos": "photos", "coco": "coco", "claims": "claims"}.get(path.stem, "mini")
     plan = subprocess.run(["make", "-n", target, "VENV=", "DATA=x"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert "papermill -k python3 " in plan and f"{name_of(path)} results/{folder}/{path.stem}.ipynb -f configs/{path.stem}.yaml" in plan
+    assert re.search(rf"adcam\.cli paper {path.stem} -f configs/{path.stem}\.yaml .*--out results/{folder}$", plan, re.M)
 
 
 def test_checkpoints_are_small_and_installed():

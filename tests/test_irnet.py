@@ -8,7 +8,9 @@ import torch
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
 
-from adcam import irnet
+from adcam import irnet, walk
+from adcam.classifier import PolySGD
+from adcam.data import to_tensor
 
 
 @pytest.fixture(scope="module")
@@ -110,10 +112,10 @@ def test_matrix_by_brute_force():
         edge, want = rng.random((h, w)), np.eye(h * w)
         for y in range(h):
             for x in range(w):
-                for dy, dx in irnet._half_disk(r):
+                for dy, dx in walk._half_disk(r):
                     if y + dy < h and 0 <= x + dx < w:
                         i, j = y * w + x, (y + dy) * w + x + dx
-                        want[i, j] = want[j, i] = 1 - max(edge[y + a, x + b] for a, b in irnet._path(dy, dx))
+                        want[i, j] = want[j, i] = 1 - max(edge[y + a, x + b] for a, b in walk._path(dy, dx))
         np.testing.assert_allclose(irnet.affinity_matrix(edge, r, 1).toarray(), want, atol=1e-15)
 
 
@@ -181,7 +183,7 @@ def test_edge_inference_matches_official(irn, rules, filled):
 def test_poly_sgd_matches_official(irn):
     poly = irn("irn_log")["poly"]
     p, q = torch.nn.Parameter(torch.tensor([1., -2.])), torch.nn.Parameter(torch.tensor([.5]))
-    opt = irnet.PolySGD([dict(params=[p], lr=.1), dict(params=[q], lr=1.)], total=10)
+    opt = PolySGD([dict(params=[p], lr=.1), dict(params=[q], lr=1.)], total=10)
     assert opt.param_groups[0]["momentum"] == poly["group0"]["momentum"] == 1e-4
     for want in poly["trace_lr0_lr1_p0_p1_q"]:
         opt.zero_grad()
@@ -416,7 +418,7 @@ def test_mean_shift_is_the_mean_of_batch_means():
     for part in ([0, 1, 2, 3], [4, 5]):
         x = torch.zeros(len(part), 3, 40, 40)
         for j, i in enumerate(part):
-            p = irnet.to_tensor(ds[i].image[:40, :40].copy())
+            p = to_tensor(ds[i].image[:40, :40].copy())
             x[j, :, :p.shape[1], :p.shape[2]] = p
         with torch.no_grad(): means.append(net(x)[1].mean((0, 2, 3)) + net.mean_shift.running_mean)
     torch.testing.assert_close(net.mean_shift.running_mean, torch.stack(means).mean(0))
@@ -476,9 +478,10 @@ SCRIPT = """
 import json, os, sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
+from accelerate import Accelerator
 from test_irnet import Photos, QUICK, small, true_mask, irnet
 history = irnet.train_irnet(small(), Photos(), true_mask, QUICK, out=Path({out!r}), progress=False)
-assert irnet.Accelerator().num_processes == 2
+assert Accelerator().num_processes == 2
 if os.environ["RANK"] == "0": Path({out!r}, "history.json").write_text(json.dumps(history))
 """
 

@@ -33,7 +33,7 @@ def _papermill(notebook, out, *args, cache):
     return subprocess.run(command, capture_output=True, text=True, env=env, cwd=out.parent)
 
 
-def test_there_are_notebooks(): assert {"coco", "fig1", "fig4", "fig5", "fig6", "table1", "table2", "table3", "theorem41", "photos"} <= set(NAMES)
+def test_there_are_notebooks(): assert {"coco", "fig1", "fig2_3", "fig4", "fig5", "fig6", "table1", "table2", "table3", "theorem41", "photos"} <= set(NAMES)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)

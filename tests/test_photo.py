@@ -14,9 +14,9 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 from adcam import cam, photo
-from adcam.branches import TwoBranch
+from adcam.branches import TwoBranch, group_maps
 from adcam.data import to_tensor
-from adcam.photo import MIN_SIDE, Names, Photo, explain, find_class, find_classes, imagenet_names, network_size, read_photo
+from adcam.photo import MIN_SIDE, Names, Photo, explain, find_class, find_group, find_groups, imagenet_names, otsu, save_masks, network_size, read_photo
 
 RNG = np.random.default_rng(0)
 PICTURE = RNG.integers(0, 256, (64, 96, 3), dtype=np.uint8)
@@ -145,16 +145,49 @@ def test_every_imagenet_class_is_found_by_its_description_synset_and_number():
         if names.descriptions.count(text) == 1 and text not in ("crane", "maillot"): assert find_class(text.upper(), names) == i
 
 
-@pytest.mark.parametrize("wanted, word", [("tabbi", "nearest: tabby"), ("crane", r"134 \(crane\), 517 \(crane\)"), ("shepherd", "german shepherd"), ("1000", "no class"), ("-1", "no class"), ("", "no class"), ("qqqq", "a number from 0 to 999")])
+@pytest.mark.parametrize("wanted, word", [("tabbi", "nearest: tabby"), ("crane", r"134 \(crane\), 517 \(crane\)"), ("1000", "no class"), ("-1", "no class"), ("", "no class"), ("qqqq", "a number from 0 to 999")])
 def test_names_that_are_not_there(wanted, word):
     with pytest.raises(ValueError, match=word): find_class(wanted, imagenet_names())
 
 
 def test_several_names():
     names = Names(("cat", "dog, hound", "7"))
-    assert find_classes("dog,cat,hound", names) == [1, 0] and find_classes(2, names) == [2] and find_class("7", names) == 2
-    with pytest.raises(ValueError, match="at least one"): find_classes([], names)
-    with pytest.raises(ValueError, match="at least one"): find_classes(" , ", names)
+    found = lambda classes: [g.members for g in find_groups(classes, names)]
+    assert found("dog,cat,hound") == [(1,), (0,)] and found(2) == [(2,)] and find_class("7", names) == 2
+    for nothing in ([], " , "):
+        with pytest.raises(ValueError, match="at least one"): find_groups(nothing, names)
+
+
+@pytest.mark.parametrize("wanted, members", [("cat", range(281, 286)), ("TV", (664, 782, 851)), ("airplane", (404, 895)), ("potted plant", (738,)), ("shark", (2, 3, 4)), ("shepherd", (235,)), ("sports car", (817,)), ("golden", (207,)), ("zebra", (340,))])
+def test_a_word_that_names_no_class_stands_for_several(wanted, members):
+    assert find_group(wanted, imagenet_names()).members == tuple(members)
+
+
+def test_names_of_voc_are_groups_of_imagenet_only():
+    with pytest.raises(ValueError, match="no class 'cat'"): find_group("cat", Names(("dog", "horse")))
+    assert find_group("cat", Names(("dog", "wild cat"))).members == (1,)                # its own names are searched
+
+
+def test_groups_of_ones_own():
+    assert find_groups("bus=minibus,school bus; pet=cat,goldfish", imagenet_names()) == [("bus", (654, 779)), ("pet", (281, 282, 283, 284, 285, 1))]
+    for wrong in ("bus=", "=tabby", "bus=tabby;lynx"):
+        with pytest.raises(ValueError, match="NAME=CLASS"): find_groups(wrong, imagenet_names())
+
+
+def test_what_imagenet_lacks_is_said():
+    with pytest.raises(ValueError, match="no class for VOC's 'person'"): find_group("person", imagenet_names())
+
+
+def test_the_map_of_a_group_comes_from_its_strongest_members(pair):
+    whole, parts = explain(PICTURE, "big cat=tabby,lynx", model=pair, size=96, methods="cam"), explain(PICTURE, "tabby,lynx", model=pair, size=96, methods="cam")
+    assert whole.classes == whole.short == ("big cat",) and whole.indices == ((281, 287),) and whole.logits == (max(parts.logits),)
+    assert "2 classes" in whole.notes[-1] and parts.short == ("tabby", "lynx")
+    with torch.no_grad(): maps = pair.maps(photo._input(PICTURE, network_size(64, 96, 96, pair.stride))[None])
+    np.testing.assert_allclose(whole.heat["cam"][0], cam.normalize(group_maps(maps.cam, [(281, 287)]).relu(), eps=1e-12)[0, 0].numpy(), atol=1e-5)
+
+
+def test_names_alike_get_their_number(pair):
+    assert explain(PICTURE, [134, 517, 3], model=pair, size=96).short == ("crane (134)", "crane (517)", "tiger shark")
 
 
 # --- sizes
@@ -208,6 +241,34 @@ def test_mask_and_heat(pair):
     with pytest.raises(ValueError, match="there are cam"): found.heat_map("att_diffu")
 
 
+def test_otsu_parts_two_heaps():
+    heat = np.concatenate([RNG.normal(.2, .03, 3000), RNG.normal(.7, .05, 800)]).clip(0, 1)
+    assert .25 < otsu(heat) < .6
+    spread = lambda t: (heat <= t).mean() * (heat > t).mean() * (heat[heat <= t].mean() - heat[heat > t].mean()) ** 2
+    assert spread(otsu(heat)) >= max(spread(t) for t in np.linspace(.21, .69, 49)) - 1e-4
+    assert otsu(np.full(9, .5)) == 0
+
+
+def test_the_threshold_can_come_from_the_picture(pair):
+    found = explain(PICTURE, [1, 2], model=pair, size=96, threshold="auto")
+    t = otsu(found.heat_map("cam").max(0))
+    assert found.cut("cam") == t and (found.mask("cam") == found.mask("cam", t)).all() and found.mask("cam", .9).sum() < found.mask("cam").sum()
+    assert any("Otsu" in a.get_ylabel() for a in found.figure().axes)
+
+
+def test_masks_are_saved_with_their_names(pair, tmp_path):
+    first, second = (explain(PICTURE, c, model=pair, size=96) for c in (["tabby", "cab"], ["lynx", "tabby"]))
+    paths = [save_masks(f, tmp_path, n) for f, n in ((first, "a"), (second, "b"))]
+    assert (tmp_path / "classes.txt").read_text().splitlines() == ["tabby", "cab", "lynx"]
+    for found, path, numbers in zip((first, second), paths, ([0, 1, 2], [0, 3, 1])):
+        picture = Image.open(path)
+        assert picture.mode == "P" and (np.asarray(picture) == np.array(numbers)[found.mask()]).all()
+    assert picture.getpalette()[3:6] == photo.viz.palette()[1].tolist()
+    (tmp_path / "classes.txt").write_text("".join(f"c{i}\n" for i in range(253)))
+    with pytest.raises(ValueError, match="up to 254"): save_masks(first, tmp_path, "c")
+    assert not (tmp_path / "c.png").exists()
+
+
 def test_top_classes_are_those_of_the_cnn(pair):
     found = explain(PICTURE, model=pair, size=96, top=4)
     assert len(found.classes) == 4 and list(found.logits) == sorted(found.logits, reverse=True)
@@ -226,7 +287,7 @@ def test_a_network_of_ones_own():
 
 @pytest.mark.parametrize("options, word", [
     (dict(methods="gradcam"), "choose from"), (dict(methods=()), "empty"), (dict(classes="zebrra"), "zebra"), (dict(k=10_000), "k=10000"), (dict(k=0), "k=0"), (dict(steps=-1), "steps=-1"),
-    (dict(direction="up"), "push"), (dict(layers=99), "layers=99"), (dict(size=4), "at least 16"), (dict(batch_size=0), "at least 1"), (dict(top=0), "at least 1"), (dict(threshold=1.5), "threshold=1.5")])
+    (dict(direction="up"), "push"), (dict(layers=99), "layers=99"), (dict(size=4), "at least 16"), (dict(batch_size=0), "at least 1"), (dict(top=0), "at least 1"), (dict(threshold=1.5), "threshold=1.5"), (dict(threshold="otsu"), "or auto")])
 def test_options_that_do_not_fit(pair, options, word):
     with pytest.raises(ValueError, match=word): explain(PICTURE, model=pair, **dict(size=96) | options)
 

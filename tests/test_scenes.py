@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from adcam import scenes as S
+from adcam import drawing as D, scenes as S
 from adcam.scenes import CLASSES, SPLITS, TEXTURES, Scenes, describe_scene, render_scene, write_voc
 from adcam.viz import palette
 
@@ -65,28 +65,28 @@ def test_statistics_of_the_train_split():
 
 
 def numbers(name):
-    pen = S._Pen(64, 30, 34, 20)
-    body, front, rear, _ = S._RECIPES[name]
-    S._BODIES[body][0](pen, np.full(4, 0.5), front, rear)
+    pen = D._Pen(64, 30, 34, 20)
+    body, front, rear, _ = D.RECIPES[name]
+    D._BODIES[body][0](pen, np.full(4, 0.5), front, rear)
     return np.asarray(pen.image)
 
 
 @pytest.mark.parametrize("family", [CLASSES[:4], CLASSES[4:7], CLASSES[8:]])
 def test_a_family_differs_in_its_parts_alone(family):
     drawn = np.stack([numbers(c) for c in family])
-    body = (drawn < S._FRONT).all(0)
+    body = (drawn < D._FRONT).all(0)
     assert (drawn[:, body] == drawn[:1, body]).all()
     assert len({d.tobytes() for d in drawn}) == len(family)
 
 
 def test_no_part_decides_alone_in_the_animal_family_and_distractors_have_none():
     for k in (1, 2):
-        parts = [S._RECIPES[c][k] for c in CLASSES[:4]]
+        parts = [D.RECIPES[c][k] for c in CLASSES[:4]]
         assert sorted(parts.count(p) for p in set(parts)) == [2, 2]
-    for draw in S._DISTRACTORS.values():
-        pen = S._Pen(64, 32, 32, 15)
+    for draw in D._DISTRACTORS.values():
+        pen = D._Pen(64, 32, 32, 15)
         draw(pen, np.full(4, 0.3))
-        assert 0 < np.asarray(pen.image).max() < S._FRONT
+        assert 0 < np.asarray(pen.image).max() < D._FRONT
 
 
 def test_splits_do_not_overlap():

@@ -1,4 +1,6 @@
 "adcam.viz: palette, colors, overlays, error maps, figures."
+import itertools
+
 import matplotlib
 matplotlib.use("Agg")
 import numpy as np
@@ -8,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
 
 from adcam import cam
-from adcam.viz import (ERROR_COLORS, Inspector, attention_rows, colorize, error_map, inspector, overlay, overlay_mask, palette, panel, patch_at, set_style,
+from adcam.viz import (ERROR_COLORS, METHODS, METRICS, Inspector, attention_rows, colorize, error_map, inspector, method_style, overlay, overlay_mask, palette, panel, patch_at, set_style,
                        show_images, show_matrix)
 
 GRAY = np.full((12, 16, 3), 128, np.uint8)
@@ -72,6 +74,46 @@ def test_error_map_pixel_by_pixel(pred, gt, cls):
         elif said and there: want = "true positive" if p == g else "wrong class"
         else: want = "false positive" if said else "false negative" if there else "background"
         assert tuple(color) == ERROR_COLORS[want]
+
+
+def gray(color) -> float:
+    "How light a color is in print, 0 to 255."
+    return float(np.dot(255 * np.array(matplotlib.colors.to_rgb(color)), (0.299, 0.587, 0.114)))
+
+
+def test_metrics_stay_apart_in_gray():
+    light = sorted(gray(m["color"]) for m in METRICS.values())
+    assert np.diff(light).min() > 30
+
+
+def test_metrics_stay_apart_without_red_and_green():
+    "Deuteranopia, simulated by the matrix of Machado et al. (2009)."
+    lost = np.array([[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]])
+    seen = [lost @ matplotlib.colors.to_rgb(m["color"]) for m in METRICS.values()]
+    assert min(np.abs(a - b).max() for a, b in itertools.combinations(seen, 2)) > 0.25
+
+
+def test_pictures_and_curves_share_the_colors_of_mistakes():
+    for name, key in (("true positive", "miou"), ("false positive", "fp"), ("false negative", "fn")):
+        assert matplotlib.colors.to_hex(np.array(ERROR_COLORS[name]) / 255).upper() == METRICS[key]["color"]
+
+
+def test_every_method_has_a_color_of_its_own():
+    assert len(set(METHODS.values())) == len(METHODS)
+
+
+def test_direction_is_a_marker():
+    assert method_style("AD-CAM, pull")["marker"] != method_style("AD-CAM, push")["marker"]
+
+
+def test_pictures_of_masks_have_a_light_background():
+    fig = show_images([np.zeros((2, 2), np.uint8)])
+    assert fig.axes[0].images[0].get_array().min() > 200
+
+
+def test_a_row_of_pictures_is_480_pixels_wide():
+    set_style()
+    for n in (2, 3, 5): assert show_images([GRAY] * n).get_figwidth() * 70 >= 480
 
 
 def test_error_map_refuses_other_sizes():

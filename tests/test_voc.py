@@ -12,7 +12,8 @@ from adcam.data import VOCFolder
 from adcam.evaluation import Sweep
 from adcam.pipeline import upsample
 from adcam.scenes import write_voc
-from adcam.voc import Plan, as_plan, check_photographs, count_maps, counts_rows, load_counts, mean_average_precision, other_list, photograph_rows, plan_dict, score_counts, why_rows
+from adcam.learned import mean_average_precision
+from adcam.voc import Plan, as_plan, check_photographs, count_maps, counts_rows, load_counts, other_list, photograph_rows, plan_dict, score_counts, why_rows
 from conftest import ROOT
 
 

@@ -1,4 +1,4 @@
-"""The generated files agree with the notebooks: `nbdev_export`, `nbdev_clean` and the README change nothing.
+"""The generated files agree with the notebooks: `nbdev_export`, `nbdev_clean`, tools/contents.py and the README change nothing.
 
 Runs in the work tree, dirty or clean. A file that was out of step has been brought into step when this ends with 1.
 """
@@ -31,6 +31,7 @@ def main() -> int:
     before = fingerprints()
     run("nbdev_export")
     run("nbdev_clean")
+    run(sys.executable, "tools/contents.py")
     run(sys.executable, "tools/readme.py")
     after = fingerprints()
     changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
@@ -38,7 +39,7 @@ def main() -> int:
         how = "is new" if name not in before else "differed from its source"
         print(f"  {name} {how}", file=sys.stderr)
     if changed:
-        print("edit notebooks, not modules; then commit what `make check` has just rewritten", file=sys.stderr)
+        print("edit notebooks, not modules, and run `make export`; now commit what `make check` has just rewritten", file=sys.stderr)
     else:
         print(f"{len(after)} files agree with their notebooks")
     return bool(changed)

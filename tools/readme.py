@@ -10,6 +10,7 @@ from pathlib import Path
 import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
+PROOF = re.compile(r"\n*<!-- (?:quotes|given) .*?-->", re.S)  # of the notebook's numbers, see quotes.py
 DIRECTIVE = re.compile(r"^#\|\s*(.+?)\s*$", re.M)
 
 
@@ -27,7 +28,7 @@ def cell_text(cell) -> str:
     if cell.cell_type == "raw":
         return ""
     if cell.cell_type == "markdown":
-        return cell.source.strip()
+        return PROOF.sub("", cell.source).strip()
     directives = DIRECTIVE.findall(cell.source)
     if any(d.split()[0] in ("hide", "exporti") for d in directives):
         return ""

@@ -129,7 +129,7 @@ def count(a, source, plan, lists, state, processes, log):
     began, seeds = time.perf_counter(), a.seeds if state == "frozen" else a.seeds[:1]
     until, (report, choose) = time.monotonic() + a.seconds, a.lists
     with voc.Workers(source, plan, processes, a.device) as workers:
-        options = dict(chunk=a.chunk, until=until, progress=False)
+        options = dict(chunk=a.chunk, until=until, progress=sys.stderr.isatty())
         first = voc.count_list(workers, lists[choose], a.work, title=f"{state}-{choose}", **options)
         write(a, state, choose, first, source, plan, seeds, lists)
         second = voc.count_list(workers, lists[report], a.work, voc.best_thresholds(first), title=f"{state}-{report}", **options)

@@ -9,7 +9,7 @@ __all__ = ['DILATIONS', 'couple', 'getam_maps', 'pamr_weights', 'pamr', 'getam_v
 import numpy as np, torch, torch.nn.functional as F
 from torch import nn, Tensor
 from torch.func import functional_call
-from ..branches import TwoBranch, _SOFTMAX, _Store, _bias, _plain, _pooled, _renorm
+from ..branches import TwoBranch, SOFTMAX, AttentionStore, attention_bias, tokens_of, pooled_tokens, renormalized
 from ..cnn import check_differentiable
 from ..conformer import Conformer
 from ..seeds import class_maps, picture_tokens, view, view_size
@@ -22,7 +22,7 @@ def couple(A:Tensor, # (...,heads,r,n) attention, rows r of it
     return (G*A).relu().mean(-3) * G.relu().mean(-3)
 
 # %% ../../nbs/09d_getam.ipynb #ea938d72
-class _ClassRows(_Store):
+class _ClassRows(AttentionStore):
     "While active, blocks from number `wanted` on leave the class token's row of attention in the graph"
     def _leave(self, a):
         "The first one is where gradients begin; later ones depend on it"
@@ -34,7 +34,7 @@ class _ClassRows(_Store):
         if is_causal or more.get("enable_gqa"): raise ValueError("causal or grouped attention inside the kernel cannot be read")
         self.calls += 1
         if self.calls <= self.wanted: return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, scale=scale)
-        bias, n = None if attn_mask is None else _bias(attn_mask, q, k), 1 if self.has_class else q.shape[2]
+        bias, n = None if attn_mask is None else attention_bias(attn_mask, q, k), 1 if self.has_class else q.shape[2]
         z = (q.shape[-1]**-.5 if scale is None else scale)*q[:, :, :n] @ k.mT                        # (B,heads,n,P+N)
         y = self._leave((z if bias is None else z + bias[:, :, :n]).softmax(-1)) @ v                 # (B,heads,n,d)
         if n == q.shape[2]: return y
@@ -44,7 +44,7 @@ class _ClassRows(_Store):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.scaled_dot_product_attention: return self._fused(*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
-        if func not in _SOFTMAX or out.ndim != 4: return out
+        if func not in SOFTMAX or out.ndim != 4: return out
         self._check(out.shape)                           # a network that multiplies by itself (TIMM_FUSED_ATTN=0)
         self.calls += 1
         return self._leave(out) if self.calls > self.wanted else out
@@ -59,7 +59,7 @@ def _describe(net):
     if not all(hasattr(vit, a) for a in ("blocks", "num_prefix_tokens", "patch_embed")): raise ValueError(_NEEDS.format(f"{name} has no attention between patches"))
     if isinstance(net, TwoBranch) and net.trans_cls_head is None: raise ValueError(_NEEDS.format("the ViT of this TwoBranch has no classifier: pass num_classes and train its head (adcam.classifier.train_heads)"))
     if not net.num_classes: raise ValueError(_NEEDS.format(f"this {name} was built with num_classes=0, without logits"))
-    return _plain(vit)
+    return tokens_of(vit)
 
 # %% ../../nbs/09d_getam.ipynb #068cde48
 class _Score(nn.Module):
@@ -77,8 +77,8 @@ class _Score(nn.Module):
         if isinstance(self.net, Conformer): return self.net(x)[1]
         if isinstance(self.net, TwoBranch):
             vit = self.net.vit
-            return self.net.trans_cls_head(_pooled(vit, vit.forward_features(self.net._inputs(x)[1])))
-        scale, shift = _renorm(self.net.pretrained_cfg)                      # (3,1,1) to the ViT's own normalization
+            return self.net.trans_cls_head(pooled_tokens(vit, vit.forward_features(self.net._inputs(x)[1])))
+        scale, shift = renormalized(self.net.pretrained_cfg)                      # (3,1,1) to the ViT's own normalization
         return self.net(x*scale.to(x) + shift.to(x))
 
 # %% ../../nbs/09d_getam.ipynb #962ea889

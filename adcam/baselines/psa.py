@@ -58,7 +58,7 @@ class _PairDistance(torch.autograd.Function):
 def pair_affinity(
     f: Tensor,         # (B,C,h,w) features
     radius: int = 5,   # r, cells
-) -> Tensor:           # (B,n,s) in (0,1], in the order of `adcam.irnet.path_index(radius, (h,w))`
+) -> Tensor:           # (B,n,s) in (0,1], in the order of `adcam.walk.path_index(radius, (h,w))`
     "exp(-mean |f_i - f_j|) of all pairs; differentiable. Raises `ValueError` if the map is too small to have a source cell."
     return torch.exp(-_PairDistance.apply(f, radius, path_index(radius, f.shape[-2:]).dst.tolist()))
 
@@ -90,7 +90,7 @@ FROZEN = ("conv1", "bn1", "stem", "layer1")  # first layers, by the names of tim
 class AffinityNet(nn.Module):
     "The last three stages of a backbone and an affinity head; stem, first stage and BatchNorm do not learn"
     def __init__(self,
-                 stages: nn.Module,                             # five maps, `channels`, `strides`, such as `adcam.irnet.ResNet50Stages`
+                 stages: nn.Module,                             # five maps, `channels`, `strides`, such as `adcam.boundaries.ResNet50Stages`
                  widths: tuple[int, int, int] = (64, 128, 256)  # of the head's branches
                 ):
         super().__init__()
@@ -171,7 +171,7 @@ def feature_matrix(
     beta: float = 8,         # elementwise power
     pairs: str = "all",      # all pairs inside the map, or "official": from cells that have all their neighbors
 ) -> sp.dia_array:           # (hw,hw) float64, symmetric, ones on the diagonal
-    "A = a^beta, one diagonal per neighbor, for `adcam.irnet.walk_on`"
+    "A = a^beta, one diagonal per neighbor, for `adcam.walk.walk_on`"
     f = f.detach() if isinstance(f, Tensor) else torch.as_tensor(f)
     if f.ndim != 3: raise ValueError(f"features of shape {tuple(f.shape)}; give (C,h,w)")
     if not torch.isfinite(f.sum(dtype=torch.float64)): raise ValueError("features hold NaN or infinity: look at the network's weights")
@@ -281,7 +281,7 @@ def make_affinity_scores(
     out: str | Path,             # folder for `<id>.npz` and settings.json
     *,
     low: float = 4, high: float = 32,  # powers of the background, see `affinity_scores`
-    **options,                   # processes, force, progress: see `adcam.irnet.files_from_seeds`
+    **options,                   # processes, force, progress: see `adcam.folders.files_from_seeds`
 ) -> dict:                       # computed, cached, empty: how many; skipped: [(id, reason)]
     "Scores of the two CRFs of a whole data set, resumable. Scripts need the usual `if __name__ == '__main__':`."
     crf = dict(low=low, high=high)
@@ -359,7 +359,7 @@ def make_affinity_masks(
     *,
     threshold: float = .5,        # of a class's share against the background
     alpha: float = 16, radius: int = 5, beta: float = 8, exp_times: int = 8, pairs: str = "all",  # of `psa_walk`
-    **options,                    # processes, force, progress: see `adcam.irnet.files_from_seeds`
+    **options,                    # processes, force, progress: see `adcam.folders.files_from_seeds`
 ) -> dict:                        # computed, cached, empty: how many; skipped: [(id, reason)]
     "Pseudo masks of a whole data set as palette PNGs, resumable. Scripts need the usual `if __name__ == '__main__':`."
     walk = dict(alpha=alpha, radius=radius, beta=beta, exp_times=exp_times, pairs=pairs)

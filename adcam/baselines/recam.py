@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 from ..classifier import PolySGD, TrainConfig, bce_loss, fit
 from ..cnn import CamNet, class_weights, load_cam
-from ..conformer import _read, load_checkpoint
+from ..conformer import read_weights, load_checkpoint
 from ..seeds import class_maps, class_views
 
 # %% ../../nbs/09a_recam.ipynb #5dfcce50
@@ -79,7 +79,7 @@ def load_recam(
     path: str | Path,   # a file with the weights of the whole network and the head
 ) -> nn.Module:         # the same network
     "Load a network that `train_recam` has trained; for `cam_resnet50` also the official ReCAM checkpoint. Anything that does not fit raises `ValueError`."
-    if not any(k.removeprefix("module.") == KEY for k in _read(path)):
+    if not any(k.removeprefix("module.") == KEY for k in read_weights(path)):
         raise ValueError(f"{path} holds no {KEY}, so it was not trained by ReCAM; load it as usual and call train_recam(model, ds)")
     had = getattr(model, "recam_predictor", None)
     try: return (load_cam if isinstance(model, CamNet) else load_checkpoint)(add_recam_head(model), path)

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from adcam.irnet import _half_disk, _path, random_walk
+from adcam.walk import _half_disk, _path, random_walk
 from adcam.pipeline import provenance, save_result
 
 ROOT = Path(__file__).resolve().parents[2]

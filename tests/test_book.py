@@ -1,0 +1,159 @@
+"""The notebooks as a book: no number that its file does not confirm, no link that leads nowhere, no picture that is not in results/."""
+import json
+import re
+import sys
+from functools import cache
+from urllib.parse import unquote
+
+import pytest
+from conftest import ROOT
+from adcam.viz import Result
+from test_house import EXPORTED, NOTEBOOKS, name_of, read
+
+sys.path.insert(0, str(ROOT / "tools"))
+import outcome  # noqa: E402
+import quotes  # noqa: E402
+
+PAGES = [*NOTEBOOKS, ROOT / "README.md", ROOT / "DEPARTURES.md"]
+LINK = re.compile(r"(?<!\\)\]\(([^()\s]+(?:\([^()]*\))?)\)|(?:src|href)=\"([^\"]+)\"")
+PHANTOM = re.compile(r"\bspec [A-Z]\.?\d|\bspec/\w|\bbaselines? \d+\.\d|\bspecification, section|\bThe issue asks")
+
+
+def prose(path) -> str:
+    "The text of a page, of a notebook that of its markdown cells; code blocks and code in lines are left out."
+    text = path.read_text(encoding="utf-8") if path.suffix == ".md" else "\n\n".join(c.source for c in read(path).cells if c.cell_type == "markdown")
+    text = re.sub(r"^(```|~~~).*?^\1", "", text, flags=re.M | re.S)
+    return re.sub(r"``.*?``|`[^`\n]*`", "``", text)
+
+
+# ---------------------------------------------------------------- numbers
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
+def test_quoted_numbers_agree_with_their_files(path):
+    assert quotes.notebook_faults(path) == []
+
+
+def test_figure_notebooks_quote_results():
+    assert sum(map(quotes.quoted, NOTEBOOKS)) > 150
+
+
+QUOTE = "What came out: CAM has {0}.\n\n<!-- quotes results/mini/table3.json summary test fixed\n{1} % = miou[stopped cam]\n-->"
+
+
+def test_right_number_passes():
+    assert quotes.cell_faults(QUOTE.format("38.4", "38.4")) == []
+
+
+def test_wrong_number_is_found():
+    (fault,) = quotes.cell_faults(QUOTE.format("38.6", "38.6"))
+    assert "says 38.4" in fault
+
+
+def test_number_that_left_the_text_is_found():
+    faults = quotes.cell_faults(QUOTE.format("much", "38.4"))
+    assert "no longer says 38.4" in faults[0]
+
+
+def test_number_without_a_file_is_found():
+    assert quotes.cell_faults("The committed run has 61.3.") == ["61.3 is neither quoted from a file nor given"]
+
+
+def test_number_of_the_paper_is_given():
+    assert quotes.cell_faults("What came out: the paper has 63.5.\n\n<!-- given 63.5 -->") == []
+
+
+def test_words_that_fit_two_rows_are_found():
+    (fault,) = quotes.cell_faults(QUOTE.format("38.4", "38.4").replace("stopped cam", "cam"))
+    assert "2 rows" in fault and "differ in group" in fault
+
+
+# ---------------------------------------------------------------- results where they are discussed
+
+@pytest.mark.parametrize("path", outcome.PAPER, ids=name_of)
+def test_figure_notebook_shows_what_results_hold(path):
+    assert outcome.faults(path) == [], "run python tools/outcome.py"
+
+
+@pytest.mark.parametrize("path", outcome.PAPER, ids=name_of)
+def test_figure_notebook_is_small(path):
+    assert path.stat().st_size <= 800_000
+
+
+@pytest.mark.parametrize("path", [p for p in outcome.PAPER if p.stem != "coco"], ids=name_of)
+def test_figure_notebook_shows_its_result(path):
+    assert any(outcome.shown(c) for c in read(path).cells)
+
+
+def test_stale_picture_is_found(tmp_path):
+    cell = {"cell_type": "code", "id": "a", "source": 'Result("mini/fig4.png")', "outputs": [{"metadata": {"sha256": "0"}}]}
+    (tmp_path / "x.ipynb").write_text(json.dumps({"cells": [cell]}))
+    assert outcome.faults(tmp_path / "x.ipynb") == ["cell a does not show results/mini/fig4.png as it is now"]
+
+
+def test_output_of_a_smoke_run_is_found(tmp_path):
+    cell = {"cell_type": "code", "id": "a", "source": "1 + 1", "outputs": [{"data": {"text/plain": "2"}}]}
+    (tmp_path / "x.ipynb").write_text(json.dumps({"cells": [cell]}))
+    assert outcome.faults(tmp_path / "x.ipynb") == ["cell a has an output that is not from results/"]
+
+
+def test_missing_result_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "make results" in Result("mini/none.png")._repr_mimebundle_()["text/plain"]
+
+
+# ---------------------------------------------------------------- links
+
+def plain(heading: str) -> str:
+    "A heading as it is shown: no marks of emphasis, code or links."
+    heading = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)
+    return re.sub(r"[`*]|<[^>]+>", "", heading).strip()
+
+
+def github(heading: str) -> str:
+    "GitHub's id of a heading."
+    return re.sub(r"[^\w\- ]", "", plain(heading).lower()).replace(" ", "-")
+
+
+@cache
+def anchors(path) -> set:
+    "Ids on a page: JupyterLab's of a notebook's headings, GitHub's of a markdown file's, and those that are written out."
+    text = prose(path) if path.suffix == ".ipynb" else re.sub(r"^(```).*?^\1", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+    raw = "\n\n".join(c.source for c in read(path).cells if c.cell_type == "markdown") if path.suffix == ".ipynb" else text
+    headings = re.findall(r"^#{1,6} +(.+?)\s*#*$", raw, re.M)
+    make = (lambda h: plain(h).replace(" ", "-")) if path.suffix == ".ipynb" else github
+    return {make(h) for h in headings} | set(re.findall(r"<a (?:id|name)=\"([^\"]+)\"", raw))
+
+
+def broken(path) -> list[str]:
+    "Relative links of a page whose file or heading does not exist."
+    wrong = []
+    for link in (a or b for a, b in LINK.findall(prose(path))):
+        if re.match(r"[a-z][a-z+]*:", link): continue
+        file, _, anchor = link.partition("#")
+        target = (path.parent / unquote(file)).resolve() if file else path
+        if not target.exists(): wrong.append(link)
+        elif anchor and target.suffix in (".ipynb", ".md") and unquote(anchor) not in anchors(target): wrong.append(link)
+    return wrong
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_relative_links_and_anchors_exist(path):
+    assert broken(path) == []
+
+
+def test_broken_links_are_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# A title\n\n[here](#a-title) [gone](#b) [no file](x.ipynb) [web](https://x.org) `[code](y)`")
+    assert broken(page) == ["#b", "x.ipynb"]
+
+
+@pytest.mark.parametrize("path", [*PAGES, *EXPORTED], ids=name_of)
+def test_no_reference_to_a_document_that_readers_do_not_have(path):
+    text = path.read_text(encoding="utf-8")
+    assert not PHANTOM.search(text), PHANTOM.search(text)[0]
+
+
+def test_every_misprint_number_is_defined():
+    defined = set(re.findall(r"^\| <a id=\"m\d+\"></a>(M\d+) \|", (ROOT / "DEPARTURES.md").read_text(encoding="utf-8"), re.M))
+    used = {m for path in [*PAGES, *EXPORTED] for m in re.findall(r"(?<![\w/-])M\d{1,2}(?![\w-])", prose(path) if path in PAGES else path.read_text(encoding="utf-8"))}
+    assert used and used <= defined
