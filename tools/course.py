@@ -27,9 +27,9 @@ BLANK = "  # your code"
 SOLUTION = re.compile(r"^( *)# solution: (.*)\n(?:.*\n)*?\1# end(?:\n|$)", re.M)
 
 
-def lessons(folder: Path = COURSE) -> list[Path]:
+def lessons() -> list[Path]:
     "The lessons with their solutions, in order."
-    return sorted(folder.glob("lesson*.ipynb"))
+    return sorted(COURSE.glob("lesson*.ipynb"))
 
 
 def read(path: Path) -> dict:

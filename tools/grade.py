@@ -41,14 +41,15 @@ def check_call(text: str) -> tuple[str, str]:
 
 
 def handed_out(path: Path) -> dict:
-    "A lesson as students got it: its exercises in order, by the names of their checks, and the ids of its cells."
+    "A lesson as students got it: its exercises in order, by the names of their checks, the ids of its cells, and its imports."
     module, cells, exercises, last = importlib.import_module(f"adcam.course.{path.stem}"), student(path)["cells"], {}, None
     for cell in cells:
         if "exercise" in tags(cell): last = cell
         if "check" not in tags(cell): continue
         check, answer = check_call(source(cell))
         exercises[check] = dict(number=getattr(module, check).number, check=check, answer=answer, cell=cell["id"], digest=digest(source(cell)), asks=last["id"])
-    return dict(lesson=path.stem, exercises=exercises, ids={c["id"] for c in cells})
+    setup = next(source(c) for c in cells if c["cell_type"] == "code")
+    return dict(lesson=path.stem, exercises=exercises, ids={c["id"] for c in cells}, setup=setup)
 
 
 def find_lesson(cells: list[dict], known: list[dict]) -> dict:
@@ -81,7 +82,7 @@ def plan(cells: list[dict], lesson: dict) -> tuple[list[dict], dict[str, str]]:
     return steps[:last + 1], remarks
 
 
-def run_steps(steps: list[dict], lesson: str, limit: float, total: float, memory: float) -> list[dict]:
+def run_steps(steps: list[dict], lesson: dict, limit: float, total: float, memory: float) -> list[dict]:
     "What became of each step. A step at which the process hangs or dies is skipped in the next process."
     skipped, until, over = {}, time.monotonic() + total, dict(result="time", message="the time for this submission was over")
     while True:
@@ -91,11 +92,11 @@ def run_steps(steps: list[dict], lesson: str, limit: float, total: float, memory
         if not stopped or time.monotonic() > until: return [skipped.get(i) or found.get(i) or over for i in range(len(steps))]
 
 
-def one_process(steps: list[dict], lesson: str, limit: float, until: float, memory: float):
+def one_process(steps: list[dict], lesson: dict, limit: float, until: float, memory: float):
     "Run steps in a fresh process: {step: finding}, and (step, finding) where it hung or died."
     reader, writer = os.pipe()
     with tempfile.TemporaryDirectory() as empty:
-        Path(empty, "plan.json").write_text(json.dumps(dict(steps=steps, lesson=lesson, memory=memory)))
+        Path(empty, "plan.json").write_text(json.dumps(dict(steps=steps, lesson=lesson["lesson"], setup=lesson["setup"], memory=memory)))
         env = {**os.environ, "MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1", "IPYTHONDIR": empty, "ADCAM_RESULTS": os.environ.get("ADCAM_RESULTS", str(COURSE.parent.parent / "results")),
                "PYTHONPATH": os.pathsep.join([str(COURSE.parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])])}
         child = subprocess.Popen([sys.executable, __file__, "--run", str(writer)], cwd=empty, env=env, pass_fds=[writer], start_new_session=True,
@@ -143,7 +144,8 @@ def child(fd: int) -> None:
     from IPython.core.interactiveshell import InteractiveShell
     shell, module = InteractiveShell.instance(), importlib.import_module(f"adcam.course.{work['lesson']}")
     originals = {n: getattr(module, n) for n in module.__all__}
-    os.write(fd, b"{}\n")  # ready
+    shell.run_cell(work["setup"])  # imports take time that is not the student's
+    os.write(fd, b"{}\n")          # ready
     for step in work["steps"]: os.write(fd, json.dumps(do(step, shell, originals)).encode() + b"\n")
 
 
@@ -178,7 +180,7 @@ def grade(path: Path, name: str, known: list[dict], limit: float, total: float, 
         lesson = find_lesson(cells, known)
     except (ValueError, OSError) as e: return [row | dict(result="unreadable", message=str(e))]
     steps, remarks = plan(cells, lesson)
-    found = run_steps(steps, lesson["lesson"], limit, total, memory)
+    found = run_steps(steps, lesson, limit, total, memory)
     cell = {s["id"]: f for s, f in zip(steps, found) if s["kind"] == "code"}
     rows = []
     for step, got in ((s, f) for s, f in zip(steps, found) if s["kind"] == "check"):
