@@ -83,7 +83,9 @@ def student(path: Path) -> dict:
         cell.update(outputs=[], execution_count=None)
     setup = next(c for c in cells if c["cell_type"] == "code")
     setup["source"] = setup["source"].replace("set_style()", f"from adcam.course.{path.stem} import {', '.join(names)}\nset_style()", 1)
-    for cell in cells: cell["source"] = cell["source"].splitlines(keepends=True)
+    for cell in cells:
+        deeper = re.sub(r"\]\(\.\./", "](../../", cell["source"]) if cell["cell_type"] == "markdown" else cell["source"]  # links: one folder down
+        cell["source"] = deeper.splitlines(keepends=True)
     return dict(nb, cells=cells)
 
 
