@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from adcam import files
-from adcam.files import Account, FolderInUse, WorkerDied, at_work, atomic_write, claimed, dead_workers_in_words, one_at_a_time, read_reports, sweep, why_left_out, write_report
+from adcam.files import Account, FolderInUse, WorkerDied, at_work, atomic_write, claimed, dead_workers_in_words, one_at_a_time, read_json, read_reports, sweep, why_left_out, write_report
 
 
 def ended_process():
