@@ -51,7 +51,7 @@ install: $(READY) ## create .venv and install adcam with its tools (minutes the 
 
 # $(call paper,NAME): run one notebook at full size; its parameters and its output are named on the line.
 define paper
-	$(PAPER) $(1) -f configs/$(1).yaml --out $(OUT) $(WITH)
+	$(PAPER) $(1) -f configs/$(1).yaml --out $(OUT)$(if $(strip $(WITH)), $(WITH))
 endef
 
 figure4: install ## Figure 4: mIoU, FP and FN against k and T, from the shipped checkpoints (4 min)

@@ -86,7 +86,9 @@ def student(path: Path) -> dict:
         cell.update(outputs=[], execution_count=None)
     setup = next(c for c in cells if c["cell_type"] == "code")
     setup["source"] = setup["source"].replace("set_style()", f"from adcam.course.{path.stem} import {', '.join(names)}\nset_style()", 1)
-    for cell in cells: cell["source"] = cell["source"].splitlines(keepends=True)
+    for cell in cells:
+        deeper = re.sub(r"\]\(\.\./", "](../../", cell["source"]) if cell["cell_type"] == "markdown" else cell["source"]  # links: one folder down
+        cell["source"] = deeper.splitlines(keepends=True)
     return dict(nb, cells=cells)
 
 
@@ -149,7 +151,7 @@ def slide_types(cells: list[dict]) -> list[dict]:
 
 MATHJAX = """<script>window.MathJax = {tex: {inlineMath: [["$", "$"]], displayMath: [["$$", "$$"]], processEscapes: true}};</script>
 <script src="mathjax/es5/tex-chtml-full.js"></script>
-<style>.reveal .slides section section { max-height: 96%; overflow-y: auto; text-align: left } .reveal { font-size: 24px } .reveal pre { font-size: 17px }
+<style>.reveal .slides section section { max-height: 96%; overflow-y: auto; text-align: left } .reveal { font-size: 24px } .reveal .jp-Cell pre { font-size: 17px !important }
 .reveal h1, .reveal h2, .reveal h3 { text-transform: none } .reveal .jp-InputPrompt, .reveal .jp-OutputPrompt { display: none }</style>"""
 START = """<script src="reveal.js/dist/reveal.js"></script><script src="reveal.js/plugin/notes/notes.js"></script>
 <script>Reveal.initialize({hash: true, slideNumber: true, width: 1100, height: 720, center: false, plugins: [RevealNotes]});</script>"""
