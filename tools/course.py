@@ -138,23 +138,20 @@ def run(names: list[str]) -> int:
 
 
 def slide_types(cells: list[dict]) -> list[dict]:
-    "Cells with the kind of slide that each begins: a heading opens a slide, a smaller one goes down, the rest follows."
+    "Cells with the kind of slide that each begins: a heading opens a slide, and what follows it goes along."
     out = []
     for cell in cells:
-        text, kind = source(cell), "-"
-        if cell["cell_type"] == "markdown":
-            kind = "slide" if re.search(r"^#{1,2} ", text, re.M) else "subslide"
-        elif not is_kept(cell) or not cell.get("outputs") and "exercise" not in tags(cell): kind = "skip"
-        elif "exercise" in tags(cell): text = blanked(text)
-        cell = dict(cell, source=text, metadata=dict(cell.get("metadata", {}), slideshow=dict(slide_type=kind)))
-        if "check" in tags(cell): cell["metadata"]["slideshow"]["slide_type"] = "skip"  # its picture would give the answer away
-        out.append(cell)
+        if cell["cell_type"] == "markdown": parts = [(t, "slide" if t.startswith("#") else "-") for t in re.split(r"^(?=##? )", source(cell), flags=re.M) if t.strip()]
+        elif "exercise" in tags(cell): parts = [(blanked(source(cell)), "-")]
+        else:  # a check's picture would give the answer away
+            parts = [(source(cell), "-" if is_kept(cell) and cell.get("outputs") and "check" not in tags(cell) else "skip")]
+        out += [dict(cell, id=f"{cell['id']}-{i}", source=text, metadata=dict(slideshow=dict(slide_type=kind))) for i, (text, kind) in enumerate(parts)]
     return out
 
 
 MATHJAX = """<script>window.MathJax = {tex: {inlineMath: [["$", "$"]], displayMath: [["$$", "$$"]], processEscapes: true}};</script>
 <script src="mathjax/es5/tex-chtml-full.js"></script>
-<style>.reveal .slides section section { max-height: 96%; overflow-y: auto; text-align: left } .reveal { font-size: 24px }
+<style>.reveal .slides section section { max-height: 96%; overflow-y: auto; text-align: left } .reveal { font-size: 24px } .reveal .jp-Cell pre { font-size: 17px !important }
 .reveal h1, .reveal h2, .reveal h3 { text-transform: none } .reveal .jp-InputPrompt, .reveal .jp-OutputPrompt { display: none }</style>"""
 START = """<script src="reveal.js/dist/reveal.js"></script><script src="reveal.js/plugin/notes/notes.js"></script>
 <script>Reveal.initialize({hash: true, slideNumber: true, width: 1100, height: 720, center: false, plugins: [RevealNotes]});</script>"""
