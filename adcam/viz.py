@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OKABE_ITO', 'METRICS', 'METHODS', 'LIGHT', 'ERROR_COLORS', 'set_style', 'method_style', 'palette', 'colorize',
-           'overlay', 'error_map', 'show_images', 'overlay_mask', 'panel', 'Result', 'show_matrix', 'attention_rows',
-           'patch_at', 'Inspector', 'inspector']
+           'overlay', 'error_map', 'show_images', 'overlay_mask', 'panel', 'Result', 'compact', 'show_matrix',
+           'attention_rows', 'patch_at', 'Inspector', 'inspector']
 
 # %% ../nbs/00_viz.ipynb #3b5b8863
 import base64
@@ -258,6 +258,18 @@ class Result:
         if self.path.suffix == ".md": return {"text/markdown": raw.decode(), "text/plain": f"results/{self.name}"}, origin
         kind, data, width = _small(raw)
         return {f"image/{kind}": base64.b64encode(data).decode(), "text/plain": f"results/{self.name}"}, {f"image/{kind}": {"width": min(width, 800)}} | origin
+
+# %% ../nbs/00_viz.ipynb #16c01bcc
+def compact(
+    fig,               # a matplotlib Figure
+    colors: int = 128  # that are kept
+):
+    "A figure as a small palette PNG, for a notebook: an IPython Image."
+    from IPython.display import Image as Shown
+    fig.savefig(full := io.BytesIO(), bbox_inches="tight", dpi=max(70, 520 / fig.get_figwidth()))
+    plt.close(fig)
+    Image.open(full).convert("RGB").quantize(colors).save(png := io.BytesIO(), "png", optimize=True)
+    return Shown(png.getvalue())
 
 # %% ../nbs/00_viz.ipynb #699b368b
 def show_matrix(

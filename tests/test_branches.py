@@ -166,29 +166,71 @@ def test_own_vit_head_is_timms():
         else: assert torch.allclose(head(pooled_tokens(vit, vit.forward_features(x))), vit(x), atol=1e-4), name
 
 
-@pytest.mark.parametrize("K", [None, 3])
-@pytest.mark.parametrize("name, options, prefix, has_class", VITS, ids=IDS)
-@torch.no_grad()
-def test_contract(name, options, prefix, has_class, K):
+def seen(name, options, K):
+    "A pair, two images of 3 x 4 tokens, and what it makes of them."
     net = TwoBranch("test_resnet", name, K, depth=2, **options).eval()
-    h, w = 3 * net.stride, 4 * net.stride
-    x = torch.randn(2, 3, h, w)
-    maps, (conv, trans) = net.maps(x), net(x)
-    K = K or 1000
-    assert net.num_classes == K and maps.cam.shape == (2, K, 3, 4) and maps.attn.shape == (2, 2, 13, 13)
-    assert torch.equal(maps.conv_logits, conv) and conv.shape == (2, K)
+    x = torch.randn(2, 3, 3 * net.stride, 4 * net.stride)
+    return net, x, net.maps(x)
+
+
+every_vit = pytest.mark.parametrize("name, options, prefix, has_class", VITS, ids=IDS)
+every_head = pytest.mark.parametrize("K", [None, 3])  # None: the 1,000 classes of ImageNet
+
+
+@every_head
+@every_vit
+@torch.no_grad()
+def test_maps_have_the_shapes_of_the_contract(name, options, prefix, has_class, K):
+    net, _, maps = seen(name, options, K)
+    assert net.num_classes == (K or 1000)
+    assert maps.cam.shape == (2, K or 1000, 3, 4)
+    assert maps.attn.shape == (2, 2, 13, 13)
+
+
+@every_head
+@every_vit
+@torch.no_grad()
+def test_logits_beside_the_maps_are_those_of_forward(name, options, prefix, has_class, K):
+    net, x, maps = seen(name, options, K)
+    conv, trans = net(x)
+    assert torch.equal(maps.conv_logits, conv)
     if trans is None: assert net.trans_cls_head is None and maps.trans_logits is None
-    else: assert torch.allclose(maps.trans_logits, trans, atol=1e-5) and trans.shape == (2, K)
+    else: assert torch.allclose(maps.trans_logits, trans, atol=1e-5)
+
+
+@every_head
+@every_vit
+@torch.no_grad()
+def test_heads_on_pooled_features_give_the_logits(name, options, prefix, has_class, K):
+    net, x, _ = seen(name, options, K)
     f, t = net.features(x)
     pooled = net.heads(f.mean((2, 3))[:, :, None, None], t[:, :1])
-    assert all(a is b is None or torch.allclose(a, b, atol=1e-5) for a, b in zip(pooled, (conv, trans)))
+    assert all(a is b is None or torch.allclose(a, b, atol=1e-5) for a, b in zip(pooled, net(x)))
+
+
+@every_vit
+def test_each_parameter_is_in_one_group(name, options, prefix, has_class):
+    net = TwoBranch("test_resnet", name, 3, depth=2, **options)
     groups = net.param_groups()
-    assert sorted(groups["vit"] + groups["cnn"]) == sorted(n for n, _ in net.named_parameters()) and all(groups.values())
+    assert sorted(groups["vit"] + groups["cnn"]) == sorted(n for n, _ in net.named_parameters())
+    assert all(groups.values())
+
+
+@every_vit
+@torch.no_grad()
+def test_an_image_has_the_maps_that_it_has_in_a_batch(name, options, prefix, has_class):
+    net, x, maps = seen(name, options, 3)
     single = net.maps(x[1:])
-    assert torch.allclose(single.cam, maps.cam[1:], atol=1e-5) and torch.allclose(single.attn, maps.attn[1:], atol=1e-6)
-    if prefix == 1:  # rows sum to 1: every method takes the maps
-        for f in (cam_map, ts_cam, trans_cam, att_diffu): assert f(maps, classes=[0, 2]).shape == (2, 2, 3, 4)
-        assert ad_cam(maps, k=5, classes=[1]).isfinite().all()
+    assert torch.allclose(single.cam, maps.cam[1:], atol=1e-5)
+    assert torch.allclose(single.attn, maps.attn[1:], atol=1e-6)
+
+
+@pytest.mark.parametrize("name, options", [v[:2] for v in VITS if v[2] == 1], ids=[i for v, i in zip(VITS, IDS) if v[2] == 1])  # rows sum to 1
+@torch.no_grad()
+def test_every_method_takes_the_maps(name, options):
+    _, _, maps = seen(name, options, 3)
+    for method in (cam_map, ts_cam, trans_cam, att_diffu): assert method(maps, classes=[0, 2]).shape == (2, 2, 3, 4)
+    assert ad_cam(maps, k=5, classes=[1]).isfinite().all()
 
 
 def test_gradients_do_not_cross():

@@ -46,7 +46,6 @@ def test_form(path):
     declared = re.findall(r"^(\w+):", cells[tagged[0]].source, re.M)
     seen = papermill.inspect_notebook(str(path))
     assert list(seen) == declared and all(p["help"] for p in seen.values()), "papermill must understand every line (no = in a comment) and find its help text"
-    assert not any(c.get("outputs") for c in cells), "paper notebooks are committed without outputs"
     assert "footer(origin)" in cells[-1].source, "the last cell prints the provenance"
 
 

@@ -25,19 +25,52 @@ def test_pixels_are_frozen(seed, single, names, color, pixels):
     assert abs(int((d.sample.mask > 0).sum()) - pixels) <= 8
 
 
+scenes = st.builds(describe_scene, st.integers(0, 2**40), st.sampled_from([32, 48, 80]), st.booleans())
+any_scene = lambda test: settings(deadline=None, max_examples=15)(given(scenes)(test))
+
+
+@any_scene
+def test_image_and_mask_have_one_size(d):
+    assert d.sample.image.shape == (*d.sample.mask.shape, 3)
+    assert d.sample.image.dtype == d.sample.mask.dtype == np.uint8
+
+
+@any_scene
+def test_label_names_the_classes_of_the_mask(d):
+    assert set(np.flatnonzero(d.sample.label) + 1) == set(np.unique(d.sample.mask)) - {0}
+
+
 @settings(deadline=None, max_examples=25)
-@given(st.integers(0, 2**40), st.sampled_from([32, 48, 80]), st.booleans())
-def test_every_scene_is_consistent(seed, size, single):
-    d = describe_scene(seed, size, single)
-    s = d.sample
-    assert s.image.shape == (size, size, 3) and s.image.dtype == np.uint8 and s.mask.shape == (size, size) and s.mask.dtype == np.uint8
-    assert s.label.dtype == np.float32 and set(np.flatnonzero(s.label) + 1) == set(np.unique(s.mask)) - {0}
-    assert 1 <= s.label.sum() <= (1 if single else 3)
-    assert ((d.owner > 0) == (s.mask > 0)).all() and ((d.parts > 0) == (s.mask > 0)).all() and d.owner.max() <= len(d.instances)
-    for i, o in enumerate(d.instances, 1):
-        assert (s.mask[d.owner == i] == CLASSES.index(o.name) + 1).all()
-        assert o.area == pytest.approx((d.owner == i).mean()) and o.texture in TEXTURES and o.context == d.context
-        assert 0 < o.visible <= 1 and all(0 <= p <= 1 for p in o.parts)
+@given(st.integers(0, 2**40), st.booleans())
+def test_one_to_three_classes_one_if_single(seed, single):
+    assert 1 <= describe_scene(seed, 32, single).sample.label.sum() <= (1 if single else 3)
+
+
+@any_scene
+def test_owners_and_parts_cover_the_mask(d):
+    there = d.sample.mask > 0
+    assert ((d.owner > 0) == there).all()
+    assert ((d.parts > 0) == there).all()
+
+
+@any_scene
+def test_each_instance_owns_pixels_of_its_class(d):
+    for i, o in enumerate(d.instances, 1): assert (d.sample.mask[d.owner == i] == CLASSES.index(o.name) + 1).all()
+
+
+@any_scene
+def test_area_of_an_instance_is_its_share_of_pixels(d):
+    for i, o in enumerate(d.instances, 1): assert o.area == pytest.approx((d.owner == i).mean())
+
+
+@any_scene
+def test_instances_are_described_by_shares(d):
+    for o in d.instances: assert 0 < o.visible <= 1 and all(0 <= p <= 1 for p in o.parts)
+
+
+@any_scene
+def test_instances_have_the_context_of_their_scene(d):
+    for o in d.instances: assert o.context == d.context and o.texture in TEXTURES
 
 
 def test_same_seed_same_pixels_other_seed_other_pixels():
@@ -51,17 +84,47 @@ def test_composition_is_the_same_at_other_sizes():
         assert (small.label == large.label).all() and (large.mask[5::10, 5::10] == small.mask).mean() > 0.96
 
 
-def test_statistics_of_the_train_split():
-    found = [describe_scene(i, 64) for i in range(250)]
-    objects = [o for d in found for o in d.instances]
-    labels = np.stack([d.sample.label for d in found])
-    assert 0.50 < (labels.sum(1) == 1).mean() < 0.68
-    assert 0.20 < np.mean([(d.sample.mask > 0).mean() for d in found]) < 0.30
-    assert 0.04 < min(o.area for o in objects) < 0.08 and 0.45 < max(o.area for o in objects) < 0.68
-    assert labels.sum(0).min() > 15
-    assert 0.2 < np.mean([o.visible < 0.98 for o in objects]) < 0.5 and 0.2 < np.mean([o.truncated for o in objects]) < 0.5
+@pytest.fixture(scope="module")
+def many():
+    "250 scenes."
+    return [describe_scene(i, 64) for i in range(250)]
+
+
+@pytest.fixture(scope="module")
+def objects(many):
+    return [o for d in many for o in d.instances]
+
+
+def test_six_in_ten_scenes_have_one_class(many):
+    assert 0.50 < np.mean([d.sample.label.sum() == 1 for d in many]) < 0.68
+
+
+def test_a_quarter_of_the_pixels_is_object(many):
+    assert 0.20 < np.mean([(d.sample.mask > 0).mean() for d in many]) < 0.30
+
+
+def test_every_class_is_frequent(many):
+    assert np.sum([d.sample.label for d in many], 0).min() > 15
+
+
+def test_objects_differ_in_size(objects):
+    areas = [o.area for o in objects]
+    assert 0.04 < min(areas) < 0.08
+    assert 0.45 < max(areas) < 0.68
+
+
+@pytest.mark.parametrize("harmed", [lambda o: o.visible < 0.98, lambda o: o.truncated], ids=["hidden", "cut by the border"])
+def test_a_third_of_the_objects_is_not_whole(objects, harmed):
+    assert 0.2 < np.mean([harmed(o) for o in objects]) < 0.5
+
+
+def test_every_part_can_be_seen(objects):
     assert np.mean([min(o.parts) > 0.3 for o in objects]) > 0.98
-    assert {o.texture for o in objects} == set(TEXTURES) and len({o.coat for o in objects}) == 13
+
+
+def test_all_coats_and_textures_occur(objects):
+    assert {o.texture for o in objects} == set(TEXTURES)
+    assert len({o.coat for o in objects}) == 13
 
 
 def numbers(name):

@@ -115,24 +115,69 @@ def test_damaged_files(tmp_path, net, ds):
     with pytest.raises(FileNotFoundError): load_seed(tmp_path / "none.npz")
 
 
-def test_resume_guard_and_processes(tmp_path, net, ds, capsys):
-    run = lambda folder, **kw: extract_dataset(net, ds, tmp_path / folder, "ad_cam", progress=False, **(dict(k=9) | kw))
-    nothing = dict(skipped=[], unlabeled=[])
-    assert run("one") == dict(computed=3, cached=0, **nothing)
-    assert run("one") == dict(computed=0, cached=3, **nothing)
-    first = _files(tmp_path / "one")
-    bad, lost = tmp_path / "one" / f"{ds.ids[0]}.npz", tmp_path / "one" / f"{ds.ids[2]}.npz"
-    bad.write_bytes(bad.read_bytes()[:77]); lost.unlink()
-    assert run("one") == dict(computed=2, cached=1, **nothing)
-    assert f"redone: {bad}" in capsys.readouterr().out
+@pytest.fixture
+def run(tmp_path, net, ds):
+    "Seeds of the three images into a folder of their own; returns the account."
+    return lambda folder, **options: extract_dataset(net, ds, tmp_path / folder, "ad_cam", progress=False, **(dict(k=9) | options))
+
+
+@pytest.fixture
+def first(run, tmp_path):
+    "The bytes of a first run in folder `one`."
+    run("one")
+    return _files(tmp_path / "one")
+
+
+NOTHING = dict(skipped=[], unlabeled=[])
+
+
+def test_first_run_computes_all(run):
+    assert run("one") == dict(computed=3, cached=0, **NOTHING)
+
+
+def test_second_run_finds_all(run, first):
+    assert run("one") == dict(computed=0, cached=3, **NOTHING)
+
+
+@pytest.fixture
+def harmed(first, tmp_path, ds):
+    "Folder `one` with a torn and a lost file: the path of the torn one."
+    torn, lost = (tmp_path / "one" / f"{ds.ids[i]}.npz" for i in (0, 2))
+    torn.write_bytes(torn.read_bytes()[:77])
+    lost.unlink()
+    return torn
+
+
+def test_torn_and_lost_files_are_made_again(run, first, harmed, tmp_path):
+    assert run("one") == dict(computed=2, cached=1, **NOTHING)
     assert _files(tmp_path / "one") == first
-    assert run("two", processes=2)["computed"] == 3
+
+
+def test_torn_file_is_named(run, harmed, capsys):
+    run("one")
+    assert f"redone: {harmed}" in capsys.readouterr().out
+
+
+def test_two_processes_make_the_same_bytes(run, first, tmp_path):
+    run("two", processes=2)
     assert _files(tmp_path / "two") == first
+
+
+def test_two_shards_make_the_same_bytes(run, first, tmp_path):
     assert [run("shards", shard=(r, 2))["computed"] for r in (0, 1)] == [2, 1]
     assert _files(tmp_path / "shards") == first
+
+
+def test_other_settings_are_refused(run, first):
     with pytest.raises(ValueError, match=r"other settings \(k: 9 there, 8 now\)"): run("one", k=8)
+
+
+def test_another_network_is_refused(first, ds, tmp_path):
     other = conformer_mini(10).eval()
     with pytest.raises(ValueError, match="network: "): extract_dataset(other, ds, tmp_path / "one", "ad_cam", k=9, progress=False)
+
+
+def test_force_replaces_other_settings(run, first, tmp_path):
     assert run("one", k=8, force=True)["computed"] == 3
     assert json.loads((tmp_path / "one" / "settings.json").read_text())["k"] == 8
 
