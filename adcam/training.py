@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['untouched', 'device_of', 'model_fingerprint', 'code_hash', 'origin', 'precision_name', 'make_accelerator', 'released',
            'told', 'arithmetic', 'need', 'check_numbers', 'check_mixed_precision', 'settings_of', 'EpochBatches',
-           'write_run', 'read_run', 'save_weights', 'Late', 'take_steps', 'train_epochs', 'train_mode', 'my_rows',
-           'whole_batch']
+           'write_run', 'load_run', 'read_run', 'save_weights', 'Late', 'take_steps', 'train_epochs', 'train_mode',
+           'my_rows', 'whole_batch']
 
 # %% ../nbs/03b_training.ipynb #0dc86006
 import ast, hashlib, importlib.util, io, json, math, os
@@ -221,6 +221,15 @@ def write_run(
     acc.wait_for_everyone()
 
 # %% ../nbs/03b_training.ipynb #31e1bd4d
+def load_run(
+    path: Path,                       # last.pt
+    again: str = "delete it to start again",  # what to do about a file that cannot be read
+) -> dict:                            # what `write_run` wrote: the run, net, optimizer, perhaps scaler
+    "Everything in last.pt, on the CPU; `ValueError` for a torn file"
+    try: return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # a torn file can fail in any way
+        raise ValueError(f"cannot read {path} ({type(e).__name__}); {again}") from e
+
 def read_run(
     acc: Accelerator,
     path: Path,                       # last.pt
@@ -231,9 +240,7 @@ def read_run(
     again: str = "delete it to start again",  # what to do about a file that cannot be read
 ) -> dict:                            # the run as it was left
     "Continue from last.pt; `ValueError` for a torn file and for a run that had other settings, data, weights or processes"
-    try: state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # a torn file can fail in any way
-        raise ValueError(f"cannot read {path} ({type(e).__name__}); {again}") from e
+    state = load_run(path, again)
     odd = difference(state["settings"], run["settings"])
     if odd: raise ValueError(f"{path} was trained with other settings ({odd}); use another folder, the old values, or resume=False")
     acc.unwrap_model(net).load_state_dict(state["net"], strict=not leave_out)

@@ -21,6 +21,7 @@ from ..classifier import PolySGD, TrainConfig, fit
 from ..cnn import CamTask
 from ..files import atomic_write
 from ..seeds import Seed, save_seed, view
+from ..training import load_run
 from ..views import Views, ViewsConfig, fit_views
 
 # %% ../../nbs/09g_oaa.ipynb #a62f7e16
@@ -168,10 +169,10 @@ def train_oaa(
     there = last is not None and last.exists() and options.get("resume", True)
     if watch.done and not there: raise ValueError(f"{folder} holds maps of {watch.done} epochs, but there is no training to continue; choose another folder for the maps")
     if there:
-        state = torch.load(last, map_location="cpu", weights_only=True)
+        state = load_run(last)
         if watch.done < state["epoch"] - 1:
             raise ValueError(f"{folder} has seen {watch.done} of the {state['epoch']} epochs that {last} has done; give the folder of that training, or resume=False and empty folders")
-        CamTask(past := copy.deepcopy(model)).load_state_dict(state["task"])  # the training itself begins from `model` as it is
+        CamTask(past := copy.deepcopy(model)).load_state_dict(state["net"])  # the training itself begins from `model` as it is
         watch(past.eval(), state["epoch"], [])
     return fit(CamTask(model), ds, config, out=out, callback=watch, **options)
 
