@@ -31,7 +31,7 @@ WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count() or 1, 8))')
 # papermill with a line at the terminal that says what it is doing and how long that will take
 PAPER := $(PY) -m adcam.cli paper
 
-.PHONY: help install figure4 table3 fig1 fig2_3 fig5 fig6 theorem41 table1 table2 coco photos voc voc-public claims results outcome redraw checkpoints bench bench-gpu test export check readme docs dist clean
+.PHONY: help install figure4 table3 fig1 fig2_3 fig5 fig6 theorem41 table1 table2 coco photos voc voc-public claims results outcome redraw checkpoints bench bench-gpu course slides test export check readme docs dist clean
 
 help: ## list the targets; times are those of two CPU cores
 	@awk -F ':.*## ' '/^[a-z][a-z0-9_-]*:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,7 +51,7 @@ install: $(READY) ## create .venv and install adcam with its tools (minutes the 
 
 # $(call paper,NAME): run one notebook at full size; its parameters and its output are named on the line.
 define paper
-	$(PAPER) $(1) -f configs/$(1).yaml --out $(OUT) $(WITH)
+	$(PAPER) $(1) -f configs/$(1).yaml --out $(OUT)$(if $(strip $(WITH)), $(WITH))
 endef
 
 figure4: install ## Figure 4: mIoU, FP and FN against k and T, from the shipped checkpoints (4 min)
@@ -132,8 +132,16 @@ bench: install ## measure speed ratios: results/mini/bench.json, and results/ben
 bench-gpu: install ## speed and correctness on one GPU: results/bench/gpu.json (three minutes; ROWS=a,b takes only rows named so)
 	$(PY) tools/bench/gpu.py $(if $(ROWS),--rows "$(ROWS)")
 
+course: install ## write the students' versions of the course's lessons
+	$(PY) tools/course.py build
+
+# npm pack reveal.js@4 mathjax@3, extract both; REVEAL and MATHJAX are the two folders `package`
+slides: install ## slides of the course, for use offline: make slides REVEAL=FOLDER MATHJAX=FOLDER
+	@test -n "$(REVEAL)" -a -n "$(MATHJAX)" || { echo "slides need two npm packages on this machine: npm pack reveal.js@4 mathjax@3, extract both, then make slides REVEAL=FOLDER MATHJAX=FOLDER" >&2; exit 1; }
+	$(PY) tools/course.py slides _slides --reveal $(REVEAL) --mathjax $(MATHJAX)
+
 test: install ## module notebooks, then pytest, which also runs every figure notebook at smoke size (15 min)
-	OMP_NUM_THREADS=1 $(BIN)nbdev_test --path nbs --skip_folder_re '^[_.]|^paper$$' --n_workers $(WORKERS) --timing --do_print
+	OMP_NUM_THREADS=1 $(BIN)nbdev_test --path nbs --skip_folder_re '^[_.]|^paper$$|^course$$' --n_workers $(WORKERS) --timing --do_print
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q tests
 
 export: install ## after an edit of nbs/*.ipynb: write adcam/*.py and the contents of the notebooks anew (running one does not)
@@ -157,6 +165,6 @@ dist: install ## a wheel for a package index, in dist: notebooks and configs ins
 	$(PY) tools/dist.py
 
 clean: ## remove caches and executed notebooks, keep what was measured
-	rm -rf .cache _proc _docs build dist .pytest_cache .hypothesis results/try
+	rm -rf .cache _proc _docs _slides build dist .pytest_cache .hypothesis results/try
 	find . -path ./.venv -prune -o -name __pycache__ -type d -print | xargs -r rm -rf
 	find results -name '*.ipynb' -delete

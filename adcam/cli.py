@@ -1234,12 +1234,12 @@ def _in_full(found) -> None:
     for index, name, logit in zip(found.indices, found.classes, found.logits):
         typer.echo(f"class {name}: logit {logit:.2f}" if isinstance(index, tuple) else f"class {index} {name}: logit {logit:.2f}")
 
-def _ending(found, methods: list) -> None:
+def _ending(found, methods: list, several: bool) -> None:
     "What holds for all photographs: weights and settings."
     for branch, w in found.weights.items():
         typer.echo(f"{branch} weights: {w['source']}" + (f" sha256 {w['sha256']}" if w["sha256"] else ""))
-    rule = "Otsu's, from each map alone: " + ", ".join(f"{m} {found.cut(m):.2f}" for m in methods) if found.threshold == "auto" else f"{found.threshold:g}"
-    typer.echo("settings: " + ", ".join(f"{name} {value}" for name, value in found.settings.items()) + f", threshold {rule}")
+    rule = "Otsu's, from each map alone" + ("" if several else ": " + ", ".join(f"{m} {found.cut(m):.2f}" for m in methods)) if found.threshold == "auto" else f"{found.threshold:g}"
+    typer.echo(f"settings{' of the last' if several else ''}: " + ", ".join(f"{name} {value}" for name, value in found.settings.items()) + f", threshold {rule}")
 
 # %% ../nbs/14_cli.ipynb #53a9105a
 def _explain_all(pictures: list, folders: bool, out: Optional[Path], ask: dict, masks: Optional[Path], maps: Optional[Path], max_pixels: int, device: str) -> None:
@@ -1277,7 +1277,7 @@ def _explain_all(pictures: list, folders: bool, out: Optional[Path], ask: dict, 
             _in_full(found)
     if found is None:
         raise ValueError(f"none of the {len(pictures)} photographs can be read. The first: {left_out[0].reason}")
-    _ending(found, ask["methods"])
+    _ending(found, ask["methods"], several)
     typer.echo(f"wrote {len(pictures) - len(left_out)} pictures to {out}" if several else f"wrote {target}")
     for what, where in (("masks", masks), ("maps", maps)):
         if where:
@@ -1389,12 +1389,11 @@ def _try_folder(notebook: Path, given: dict) -> Path:
 
 def _measured(notebook: Path, given: dict, folder: Path) -> tuple:
     "(seconds, file) of a result that was measured with the same parameters, or (None, None)."
-    values = _values(notebook, given)
+    values, default = _values(notebook, given), _values(notebook, {})
     beside = notebook.parent.parent.parent / "results"
     for file in (folder / f"{notebook.stem}.json", *sorted(beside.glob(f"*/{notebook.stem}.json"))):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             origin = json.loads(file.read_text(encoding="utf-8"))["provenance"]
-            default = _values(notebook, {})
             if all(origin["settings"].get(n, default[n]) == v for n, v in values.items() if n not in ("out_dir", "processes")):
                 return float(origin["seconds"]), file
     return None, None

@@ -258,7 +258,7 @@ def _init_weights(m):
 
 # %% ../nbs/03_conformer.ipynb #ebb3691c
 class Conformer(nn.Module):
-    "Two-branch network of any `Variant`; state_dict keys and shapes are those of the official files (spec part A)"
+    "Two-branch network of any `Variant`; state_dict keys and shapes are those of the official files"
     def __init__(self,
                  variant:Variant, # size
                  num_classes:int=20, # K, without background

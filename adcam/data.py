@@ -20,6 +20,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Callable, NamedTuple
 from PIL import Image
+from fastcore.basics import patch
 from torch import Tensor
 from torch.utils.data import Dataset
 from .progress import tqdm
@@ -425,8 +426,8 @@ def _photos(folder):
                    if (s := os.path.splitext(n)[1]) and s.lower() in _SUFFIXES and not n.startswith("."))
     return {key: n for _, stem, n in reversed(names) for key in (_nfc(stem), stem)}
 
-class _VOCFiles(_Files):
-    "Where things are in a VOC folder"
+class VOCFolder(_Files):
+    "Images, image labels and (where present) masks of a folder in VOC layout; the protocol of `Scenes`"
     def __init__(self,
                  root:str|Path, # folder with JPEGImages and ImageSets
                  split:str, # name of a list in ImageSets/Segmentation, such as "train"
@@ -452,14 +453,13 @@ class _VOCFiles(_Files):
     def mask_path(self, i): return self.root/"SegmentationClass"/f"{self.ids[i]}.png"
 
 # %% ../nbs/02_data.ipynb #367d7d0f
-class VOCFolder(_VOCFiles):
-    "Images, image labels and (where present) masks of a folder in VOC layout; the protocol of `Scenes`"
-    def _find_label(self, i):
-        "labels.csv (read already), else the XML annotation, else the classes of the mask"
-        xml, path, K = self.root/"Annotations"/f"{self.ids[i]}.xml", self.mask_path(i), len(self.classes)
-        if xml.exists(): return _label_xml(xml, self.classes)
-        if path is not None and path.exists(): return _label_mask(read_mask(path, K), K)
-        raise FileNotFoundError(f"image {self.ids[i]} has no label: there is no ImageSets/labels.csv, no {xml} and no {path}")
+@patch
+def _find_label(self:VOCFolder, i):
+    "labels.csv (read already), else the XML annotation, else the classes of the mask"
+    xml, path, K = self.root/"Annotations"/f"{self.ids[i]}.xml", self.mask_path(i), len(self.classes)
+    if xml.exists(): return _label_xml(xml, self.classes)
+    if path is not None and path.exists(): return _label_mask(read_mask(path, K), K)
+    raise FileNotFoundError(f"image {self.ids[i]} has no label: there is no ImageSets/labels.csv, no {xml} and no {path}")
 
 # %% ../nbs/02_data.ipynb #fca558a1
 VOC_COUNTS = dict(train=1464, val=1449, trainval=2913, test=1456, train_aug=10582)  # images per split
@@ -475,7 +475,7 @@ def voc_root(root:str|Path # VOC2012, VOCdevkit, or the folder that holds VOCdev
     raise FileNotFoundError(f"no VOC 2012 in {root}: neither it nor VOC2012 nor VOCdevkit/VOC2012 in it holds ImageSets/Segmentation; {_GET_VOC}")
 
 # %% ../nbs/02_data.ipynb #3ecca30d
-class _VOC2012(_VOCFiles):
+class _VOC2012(VOCFolder):
     def __init__(self, root, split, **options):
         if split not in VOC_COUNTS: raise ValueError(f"VOC 2012 has no split {split!r}; it has {', '.join(VOC_COUNTS)}")
         self.has_labels = split!="test"
@@ -674,7 +674,8 @@ def _below(folder):
     "Names of the files in a folder and in those below it, as COCO writes them"
     return {Path(d, f).relative_to(folder).as_posix() for d, _, files in os.walk(folder, followlinks=False) for f in files}
 
-class _COCO2014(_Files):
+class COCO2014(_Files):
+    "COCO 2014 read from its JSON, see `coco2014`"
     def __init__(self, root, split, check=True):
         self.root, self.split = Path(root), split
         self._json = self.root/"annotations"/f"instances_{split}.json"
@@ -703,18 +704,18 @@ class _COCO2014(_Files):
         return self._label(i)
 
 # %% ../nbs/02_data.ipynb #b65f1328
-class COCO2014(_COCO2014):
-    "COCO 2014 read from its JSON, see `coco2014`"
-    def _mask(self, i, size):
-        path = self.root/"SegmentationClass"/f"{self.ids[i]}.png"
-        if path.exists(): return read_mask(path, len(self.classes), size)
-        if self._coco is None: self._coco = read_coco(self._json)
-        mask = coco_mask(self._coco, self._image_ids[i], size)                            # (H,W)
-        if size and mask.shape!=size: raise _sizes(f"of {self.ids[i]} in {self._json}", mask.shape, size)
-        return mask
+@patch
+def _mask(self:COCO2014, i, size):
+    path = self.root/"SegmentationClass"/f"{self.ids[i]}.png"
+    if path.exists(): return read_mask(path, len(self.classes), size)
+    if self._coco is None: self._coco = read_coco(self._json)
+    mask = coco_mask(self._coco, self._image_ids[i], size)                            # (H,W)
+    if size and mask.shape!=size: raise _sizes(f"of {self.ids[i]} in {self._json}", mask.shape, size)
+    return mask
 
-    def _digest(self, indices):
-        return hashlib.sha256(_file_hash(self._json, True) + super()._digest(indices).encode()).hexdigest()
+@patch
+def _digest(self:COCO2014, indices):
+    return hashlib.sha256(_file_hash(self._json, True) + _Files._digest(self, indices).encode()).hexdigest()
 
 # %% ../nbs/02_data.ipynb #a2f4b6e0
 def coco2014(root:str|Path, # folder with train2014, val2014 and annotations
@@ -722,7 +723,7 @@ def coco2014(root:str|Path, # folder with train2014, val2014 and annotations
              strict:bool=True, # the official number of images and the 80 classes must be there
              check:bool=True # every image of the JSON must be there; False leaves missing ones to `usable`
             ) -> COCO2014: # images without an object have an empty label: `labelled` leaves them out
-    "MS COCO 2014: 80 classes, later objects over earlier ones, no crowds (baselines 9)"
+    "MS COCO 2014: 80 classes, later objects over earlier ones, no crowds"
     split, get = split if split.endswith("2014") else f"{split}2014", "`adcam data get coco2014 DIR` fetches it, `adcam data check coco2014 DIR` lists what is missing"
     if split not in COCO_COUNTS: raise ValueError(f"COCO 2014 has no split {split!r}; it has {', '.join(COCO_COUNTS)}")
     if not Path(root).is_dir(): raise FileNotFoundError(f"no folder {root}; expected one with {split} and annotations; {get}")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BACKGROUND', 'IGNORE', 'FORMATS', 'fill', 'outline', 'simplified', 'Region', 'regions', 'layers', 'polygons',
-           'painted', 'Marked', 'save_photo', 'Exported', 'export_masks', 'Correction', 'is_class', 'number_of',
-           'Imported', 'import_masks']
+           'painted', 'Marked', 'save_photo', 'runs_of', 'from_runs', 'Exported', 'export_masks', 'Correction',
+           'is_class', 'number_of', 'Imported', 'import_masks']
 
 # %% ../nbs/12c_export.ipynb #8ccb37fe
 import base64, contextlib, io, itertools, json, tempfile, unicodedata, zipfile
@@ -147,6 +147,23 @@ def save_photo(
         atomic_write(folder/out, lambda f: Image.fromarray(image).save(f, "png"))
     return out
 
+# %% ../nbs/12c_export.ipynb #8f298692
+def runs_of(
+    region: np.ndarray,  # (h,w) bool
+) -> list[int]:
+    "Lengths of runs, row by row, beginning with False"
+    flat = np.concatenate([[False], region.ravel(), [not region.ravel()[-1]]])
+    return np.diff(np.flatnonzero(flat[1:] != flat[:-1]), prepend=0).tolist()
+
+def from_runs(
+    runs: list,              # lengths
+    size: tuple[int, int],   # (h,w)
+) -> np.ndarray:             # (h,w) bool
+    "The region that has these runs. `ValueError` if they do not fill it"
+    h, w = size
+    if not all(isinstance(n, int) and n >= 0 for n in runs) or sum(runs) != h*w: raise ValueError(f"has run lengths of {sum(n for n in runs if isinstance(n, int))} pixels for a box of {w}x{h}")
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(h, w)
+
 # %% ../nbs/12c_export.ipynb #a40d0e35
 def _rle(region):
     from pycocotools import mask as m
@@ -159,7 +176,7 @@ def _coco(marked, classes, out, split, **_):
     images, annotations = [], []
     for i, one in enumerate(marked, 1):
         H, W = one.mask.shape
-        images.append(dict(id=i, file_name=one.name, height=H, width=W) | (dict(ignore=_rle(one.mask == 255)) if (one.mask == 255).any() else {}))
+        images.append(dict(id=i, file_name=one.name, height=H, width=W) | (dict(ignore=dict(size=[H, W], counts=runs_of((one.mask == 255).T))) if (one.mask == 255).any() else {}))
         for c in sorted({int(v) for v in np.unique(one.mask)} - {0, 255}):
             rle = _rle(one.mask == c)
             annotations.append(dict(id=len(annotations) + 1, image_id=i, category_id=c, iscrowd=0, segmentation=rle, area=int(m.area(rle)), bbox=[float(v) for v in m.toBbox(rle)]))
@@ -183,13 +200,7 @@ def _labelme(marked, classes, out, tolerance, min_area, **_):
     atomic_write(out/"labels.txt", lambda f: f.write("\n".join([IGNORE, BACKGROUND, *classes, ""]).encode()))
     return shapes
 
-# %% ../nbs/12c_export.ipynb #22b3fd2b
-def _runs(region):
-    "Lengths of runs of a (h,w) bool array, row by row, beginning with False"
-    flat = np.concatenate([[False], region.ravel(), [not region.ravel()[-1]]])
-    at = np.flatnonzero(flat[1:] != flat[:-1])
-    return np.diff(at, prepend=0).tolist()
-
+# %% ../nbs/12c_export.ipynb #f12bff5e
 def _cvat_labels(classes):
     return [dict(name=n, color="#{:02x}{:02x}{:02x}".format(*palette()[c]), type="any", attributes=[]) for c, n in [*enumerate(classes, 1), (255, IGNORE)]]
 
@@ -208,7 +219,7 @@ def _cvat(marked, classes, out, min_area, **_):
         for r in [r for v in np.unique(one.mask) if v for r in regions(one.mask, int(v)) if r.pixels.sum() >= min_area]:
             (h, w), (rows, columns) = r.pixels.shape, r.place
             box = dict(left=columns.start, top=rows.start, width=w, height=h)
-            ET.SubElement(image, "mask", label=_name(r.number, classes), source="auto", occluded="0", rle=", ".join(map(str, _runs(r.pixels))), **{n: str(v) for n, v in box.items()}, z_order="0")
+            ET.SubElement(image, "mask", label=_name(r.number, classes), source="auto", occluded="0", rle=", ".join(map(str, runs_of(r.pixels))), **{n: str(v) for n, v in box.items()}, z_order="0")
             shapes += 1
     ET.indent(root)
     atomic_write(out/"annotations.xml", lambda f: ET.ElementTree(root).write(f, "utf-8", xml_declaration=True))
@@ -323,25 +334,29 @@ def _json(path, what):
 
 def _labelme_shape(s, size):
     "Corners or pixels of a shape"
-    p, kind = np.array(s["points"], float).reshape(-1, 2), s.get("shape_type", "polygon")
-    if not np.isfinite(p).all(): raise ValueError("has a corner that is no number")
+    p, kind = _corners(s["points"]), s.get("shape_type", "polygon")
     if kind == "polygon" and len(p) > 2: return p
     if kind == "rectangle" and len(p) == 2: (x0, y0), (x1, y1) = p; return np.array([[x0, y0], [x1, y0], [x1, y1], [x0, y1]])
     if kind == "circle" and len(p) == 2:
         a = np.linspace(0, 2*np.pi, 180, endpoint=False)[:, None]                    # (180,1)
         return p[0] + np.hypot(*(p[1] - p[0]))*np.hstack([np.cos(a), np.sin(a)])     # (180,2)
     if kind == "mask" and s.get("mask"):
-        part, (x, y) = np.array(Image.open(io.BytesIO(base64.b64decode(s["mask"])))) > 0, p.min(0).round().astype(int)
-        return _placed(part, y, x, size)
+        part, (x, y), out = np.array(Image.open(io.BytesIO(base64.b64decode(s["mask"])))) > 0, p.min(0).round().astype(int), np.zeros(size, bool)
+        out[_place(y, x, part.shape, size)] = part
+        return out
     raise ValueError(f"is a {kind} of {len(p)} points, which covers no pixels")
 
-def _placed(part, top, left, size):
-    "A small (h,w) bool array in a large one"
-    (h, w), (H, W) = part.shape, size
-    if top < 0 or left < 0 or top + h > H or left + w > W: raise ValueError(f"covers {w}x{h} pixels from ({left}, {top}), outside of the picture of {W}x{H}")
-    out = np.zeros(size, bool)
-    out[top:top + h, left:left + w] = part
-    return out
+def _place(top, left, part, size):
+    "Slices of a box of (h,w) in a picture"
+    (h, w), (H, W) = part, size
+    if min(top, left) < 0 or min(h, w) < 1 or top + h > H or left + w > W: raise ValueError(f"covers {w}x{h} pixels from ({left}, {top}), outside of the picture of {W}x{H}")
+    return slice(top, top + h), slice(left, left + w)
+
+def _corners(p):
+    "Corners as given, if they can be drawn"
+    p = np.asarray(p, float).reshape(-1, 2)
+    if len(p) and not np.abs(p).max() < 100_000: raise ValueError("has a corner that is no number, or far outside of every picture")   # NaN too
+    return p
 
 # %% ../nbs/12c_export.ipynb #f93a0e6b
 def _shapes(items, size, classes, read):
@@ -349,11 +364,11 @@ def _shapes(items, size, classes, read):
     for n, (label, s) in enumerate(items, 1):
         number = number_of(label, classes, f"shape {n}")
         try: yield number, read(s, size)
-        except (ValueError, KeyError, TypeError, OSError) as e: raise ValueError(f"shape {n} ({label}) {str(e) if isinstance(e, ValueError) else f'is damaged ({e!r})'}") from e
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as e: raise ValueError(f"shape {n} ({label}) {str(e) if isinstance(e, ValueError) else f'is damaged ({e!r})'}") from e
 
 def _one_labelme(path, classes):
     d = _json(path, "labelme file")
-    if not isinstance(d.get("shapes"), list): raise ValueError(f"{path} is no labelme file: it has no shapes")
+    if not isinstance(d.get("shapes"), list) or not all(isinstance(s, dict) for s in d["shapes"]): raise ValueError(f"{path} is no labelme file: it has no list of shapes")
     size = d.get("imageHeight"), d.get("imageWidth")
     items = [(s.get("label", ""), s) for s in d["shapes"]]
     data = base64.b64decode(d["imageData"]) if d.get("imageData") else None
@@ -388,9 +403,8 @@ def _translated(mask, names, classes, where):
 
 def _coco_mask(coco, i, names, classes, size):
     "Objects, and the undecided pixels where no object was drawn over them"
-    from pycocotools import mask as m
     mask, ignore = _translated(coco_mask(coco, i, size), names, classes, "category"), coco.imgs[i].get("ignore")
-    if isinstance(ignore, dict): mask[(m.decode(ignore) > 0) & (mask == 0)] = 255
+    if isinstance(ignore, dict): mask[from_runs(ignore.get("counts") or [], mask.shape[::-1]).T & (mask == 0)] = 255   # column by column
     return mask
 
 def _from_coco(source, classes, **_):
@@ -407,15 +421,22 @@ def _from_coco(source, classes, **_):
 def _cvat_shape(e, size):
     "Corners or pixels of an element"
     n = lambda name: float(e.get(name))
-    if e.tag == "polygon": return np.array([[float(v) for v in p.split(",")] for p in e.get("points").split(";")]).reshape(-1, 2)
-    if e.tag == "box" and not float(e.get("rotation") or 0): return np.array([[n("xtl"), n("ytl")], [n("xbr"), n("ytl")], [n("xbr"), n("ybr")], [n("xtl"), n("ybr")]])
+    if e.tag == "polygon": return _corners([[float(v) for v in p.split(",")] for p in e.get("points").split(";")])
+    if e.tag == "box" and not float(e.get("rotation") or 0): return _corners([[n("xtl"), n("ytl")], [n("xbr"), n("ytl")], [n("xbr"), n("ybr")], [n("xtl"), n("ybr")]])
     if e.tag != "mask": raise ValueError(f"is a {e.tag}{' that is rotated' if e.tag == 'box' else ''}; masks, polygons and boxes are read")
-    runs, (h, w) = [int(v) for v in e.get("rle").split(",")], (int(e.get("height")), int(e.get("width")))
-    if min(runs) < 0 or sum(runs) != h*w: raise ValueError(f"has run lengths of {sum(runs)} pixels for a box of {w}x{h}")
-    flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs)                            # (h*w,)
-    return _placed(flat.reshape(h, w), int(e.get("top")), int(e.get("left")), size)
+    top, left, h, w = (int(e.get(name)) for name in ("top", "left", "height", "width"))
+    place = _place(top, left, (h, w), size)
+    out = np.zeros(size, bool)
+    out[place] = from_runs([int(v) for v in e.get("rle").split(",")], (h, w))
+    return out
 
-def _from_cvat(source, classes, **_):
+def _one_cvat(e, classes):
+    name, size = e.get("name") or "", (e.get("height") or "", e.get("width") or "")
+    if not name or not all(v.isdecimal() for v in size): raise ValueError("the image has no name, width or height")
+    items = sorted(((s.get("label"), s) for s in e if s.tag != "tag"), key=lambda x: int(x[1].get("z_order") or 0))
+    return Correction(Path(name).stem, name, tuple(map(int, size)), lambda size: painted(_shapes(items, size, classes, _cvat_shape), size))
+
+def _from_cvat(source, classes, skipped, **_):
     path = _the_one(source, "*.xml", "XML file")
     try: root = ET.parse(path).getroot()
     except ET.ParseError as e: raise ValueError(f"cannot read {path}: {e}. Export it again") from e
@@ -423,11 +444,11 @@ def _from_cvat(source, classes, **_):
     if root.tag != "annotations" or not images: raise ValueError(f"{path} is not of the format CVAT for images 1.1: it has no image")
     names = [n for n in (l.findtext("name") or "" for l in root.iter("label")) if is_class(n)]
     if not names and classes is None: raise ValueError(f"{path} lists no labels; name the classes: --classes")
-    classes = classes or class_names(names, path)
-    def one(e):
-        items = sorted(((s.get("label"), s) for s in e if s.tag != "tag"), key=lambda x: int(x[1].get("z_order") or 0))
-        return Correction(Path(e.get("name")).stem, e.get("name"), (int(e.get("height")), int(e.get("width"))), lambda size: painted(_shapes(items, size, classes, _cvat_shape), size))
-    return classes, [one(e) for e in images]
+    classes, found = classes or class_names(names, path), []
+    for e in images:
+        try: found.append(_one_cvat(e, classes))
+        except ValueError as error: skipped.append(Skipped(Path(e.get("name") or f"image {e.get('id')}").stem, str(error)))
+    return classes, found
 
 # %% ../nbs/12c_export.ipynb #5595d76d
 def _labelmap(path):

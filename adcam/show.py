@@ -358,12 +358,12 @@ i { display: inline-block; width: .7em; height: .7em; border-radius: 2px; margin
 button { font: inherit; color: inherit; background: none; border: 1px solid var(--line); border-radius: .5rem; padding: .1rem .6rem; cursor: pointer; white-space: nowrap; }
 main { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 270px), 1fr)); gap: .8rem; padding: .8rem 1rem; align-items: start; }
 figure { margin: 0; background: var(--card); border-radius: .5rem; overflow: hidden; display: flex; flex-direction: column; }
-figure > button { border: 0; padding: 0; border-radius: 0; } canvas { display: block; width: 100%; height: auto; background: #8883; }
-figcaption { padding: .35rem .6rem; font-size: .85rem; overflow-wrap: anywhere; } figcaption span { margin-right: .7em; display: inline-block; max-width: 100%; }
+figure > button { border: 0; padding: 0; border-radius: 0; } canvas { display: block; width: 100%; height: auto; object-fit: contain; background: #8883; } main canvas { aspect-ratio: 4 / 3; }
+figcaption { padding: .35rem .6rem; font-size: .85rem; overflow-wrap: anywhere; } figcaption span, h2 span { margin-right: .7em; display: inline-block; max-width: 100%; }
 #key span { margin-right: 1em; } .soft { color: var(--soft); }
 footer { padding: 0 1rem 2rem; } dialog { border: 0; border-radius: .6rem; width: min(96vw, 1200px); max-height: 94vh; color: inherit; background: var(--bg); }
 dialog::backdrop { background: #000a; } .head { display: flex; justify-content: space-between; gap: 1rem; padding-bottom: .5rem; }
-.all { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 380px), 1fr)); gap: .6rem; }
+.all { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 380px), 1fr)); gap: .6rem; } .all canvas { max-height: 36vh; }
 @media (max-width: 600px) { header { padding: .4rem .6rem; } #key { display: none; } main { padding: .6rem; } }
 """
 

@@ -49,7 +49,8 @@ def notebook_page(path: Path, executed: list[Path] = ()) -> nbformat.NotebookNod
             cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip("\n")
             cell.metadata.setdefault("tags", [])
             if flags.get("echo") == "false": cell.metadata.tags.append("remove-input")
-            elif "export" in flags and cell.source.count("\n") >= LONG: fold(cell, f"adcam.{module}: {names(cell.source)}")
+            elif "export" in flags and (cell.source.count("\n") >= LONG or module.startswith("course.")):  # a check gives the answer away
+                fold(cell, f"adcam.{module}: {names(cell.source)}")
             elif "# solution" in cell.source: fold(cell, "a solution, after you have tried")
             for o in cell.outputs: strip_paths(o)
         if cell.source: cells.append(cell)
@@ -70,7 +71,7 @@ def relinked(text: str) -> str:
 
 def names(source: str) -> str:
     "What a cell defines"
-    return ", ".join(re.findall(r"^(?:def|class) (\w+)", source, re.M) or re.findall(r"^(\w+)\b.*=", source, re.M)[:3])
+    return ", ".join(re.findall(r"^(?:def|class) (\w+)", source, re.M) or re.findall(r"^(\w+)\b.*=", source, re.M)[:3] or ["imports"])
 
 
 def fold(cell, title: str) -> None:
@@ -176,7 +177,9 @@ def api_page(path: Path) -> str:
     module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
     names = next(ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__")
     defined = {n.name: n for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not added_to(n)}
-    values = {ast.unparse(t): n for n in tree.body if isinstance(n, (ast.Assign, ast.AnnAssign)) for t in (n.targets if isinstance(n, ast.Assign) else [n.target])}
+    values = {e.id: n for n in tree.body if isinstance(n, (ast.Assign, ast.AnnAssign)) for t in (n.targets if isinstance(n, ast.Assign) else [n.target])
+              for e in ast.walk(t) if isinstance(e, ast.Name)}
+    elsewhere = {a.asname or a.name: n for n in tree.body if isinstance(n, ast.ImportFrom) and n.level for a in n.names}
     home = re.search(r"File to edit: [./]*(nbs/\S+\.ipynb)", source)[1]
     lines = [f"# adcam.{module.removeprefix('adcam.')}", f"> {prose(tree)}", f"Explained in [{Path(home).stem}](../{home}).", f"```{{py:module}} {module}\n```"]
     for name in names:
@@ -185,6 +188,10 @@ def api_page(path: Path) -> str:
             text = ast.unparse(values[name].value)
             text = json.dumps(text if len(text) <= 90 else f"{text[:87]} …", ensure_ascii=False)
             lines.append(f"::::::{{py:data}} {name}\n:value: {text}\n\n{escaped(notes.get(values[name].end_lineno, ''))}\n::::::\n")
+        else:
+            n = elsewhere[name]
+            source = ".".join([*module.split(".")[:-n.level], n.module])
+            lines.append(f"`{name}`: from [{source}]({source}.md)")
     return "\n\n".join(lines) + "\n"
 
 

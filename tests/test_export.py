@@ -211,8 +211,9 @@ def test_later_shapes_lie_above(copy, tmp_path, ds):
     (lambda d: d["shapes"][0].update(label="catt"), "did you mean 'cat'"),
     (lambda d: d["shapes"].append(dict(label="cat", points=[[1, 1], [2, 2]], shape_type="line")), "line of 2 points, which covers no pixels"),
     (lambda d: d["shapes"].append(dict(label="cat", points=[["a", 1]], shape_type="polygon")), "(cat)"),
-    (lambda d: d.update(imageWidth=77), "the annotation says"),
-    (lambda d: d.update(imagePath="elsewhere.jpg") or d.update(shapes={}), "no shapes")])
+    (lambda d: d["shapes"].append(dict(label="cat", points=[[1, 1], [1e300, 5], [5, 5]], shape_type="polygon")), "far outside"),
+    (lambda d: d.update(imageWidth=77), "the annotation says"), (lambda d: d["shapes"].append(5), "no list of shapes"),
+    (lambda d: d.update(imagePath="elsewhere.jpg") or d.update(shapes={}), "no list of shapes")])
 def test_bad_labelme_file_is_named_and_left_out(copy, tmp_path, capsys, change, word):
     name = change_labelme(copy("labelme"), change)
     code, text = command(capsys, "import", tmp_path/"labelme", "--from", "labelme", "--out", tmp_path/"back")
@@ -270,7 +271,7 @@ def test_cvat_polygons_boxes_and_their_order(copy, tmp_path, ds):
 
 
 @pytest.mark.parametrize("change, word", [
-    (dict(rle="5, 5"), "run lengths of 10 pixels"), (dict(left="9999"), "outside of the picture"), (dict(label="shoe"), "no class"), (dict(rle="x"), "shape 1")])
+    (dict(rle="5, 5"), "run lengths of 10 pixels"), (dict(height="1000000000", width="1000000000"), "outside of the picture"), (dict(z_order="up"), "up"), (dict(left="9999"), "outside of the picture"), (dict(label="shoe"), "no class"), (dict(rle="x"), "shape 1")])
 def test_bad_cvat_mask_leaves_its_image_out(copy, tmp_path, change, word):
     folder, seen = copy("cvat"), []
     def harm(root):

@@ -2,6 +2,7 @@
 
     python tools/course.py build            write nbs/course/student
     python tools/course.py build --check    are they up to date? (exit code 1 if not)
+    python tools/course.py run lesson2      run lessons where they stand, with small pictures
     python tools/course.py slides OUT --reveal DIR --mathjax DIR
 
 In a lesson, what stands between `# solution: BLANK` and `# end` becomes BLANK (several lines are separated by ` | `). Cells tagged
@@ -9,7 +10,9 @@ In a lesson, what stands between `# solution: BLANK` and `# end` becomes BLANK (
 """
 import argparse
 import ast
+import base64
 import hashlib
+import io
 import json
 import re
 import shutil
@@ -24,9 +27,9 @@ BLANK = "  # your code"
 SOLUTION = re.compile(r"^( *)# solution: (.*)\n(?:.*\n)*?\1# end(?:\n|$)", re.M)
 
 
-def lessons(folder: Path = COURSE) -> list[Path]:
+def lessons() -> list[Path]:
     "The lessons with their solutions, in order."
-    return sorted(folder.glob("lesson*.ipynb"))
+    return sorted(COURSE.glob("lesson*.ipynb"))
 
 
 def read(path: Path) -> dict:
@@ -111,6 +114,29 @@ def build(check: bool = False) -> int:
     return int(check and bool(stale))
 
 
+def smaller(outputs: list[dict]) -> None:
+    "Store the pictures of a cell with 256 colors, a third of their size."
+    from PIL import Image
+    for data in (o["data"] for o in outputs if "image/png" in o.get("data", {})):
+        png = io.BytesIO()
+        Image.open(io.BytesIO(base64.b64decode(data["image/png"]))).convert("RGB").quantize(256, kmeans=3).save(png, "png", optimize=True)
+        data["image/png"] = base64.b64encode(png.getvalue()).decode() + "\n"
+
+
+def run(names: list[str]) -> int:
+    "Run notebooks of the course in place. Exit code."
+    import nbformat
+    from nbconvert.preprocessors import ExecutePreprocessor
+    from nbdev.clean import nbdev_clean
+    for path in [COURSE / f"{n.removesuffix('.ipynb')}.ipynb" for n in names] or lessons():
+        nb = nbformat.read(path, as_version=4)
+        ExecutePreprocessor(timeout=600, kernel_name="python3").preprocess(nb, dict(metadata=dict(path=str(COURSE))))
+        for cell in nb.cells: smaller(cell.get("outputs", []))
+        atomic_write(path, lambda to: to.write(nbformat.writes(nb).encode() + b"\n"))
+        nbdev_clean(str(path))
+    return 0
+
+
 def slide_types(cells: list[dict]) -> list[dict]:
     "Cells with the kind of slide that each begins: a heading opens a slide, a smaller one goes down, the rest follows."
     out = []
@@ -126,6 +152,25 @@ def slide_types(cells: list[dict]) -> list[dict]:
     return out
 
 
+MATHJAX = """<script>window.MathJax = {tex: {inlineMath: [["$", "$"]], displayMath: [["$$", "$$"]], processEscapes: true}};</script>
+<script src="mathjax/es5/tex-chtml-full.js"></script>
+<style>.reveal .slides section section { max-height: 96%; overflow-y: auto; text-align: left } .reveal { font-size: 24px }
+.reveal h1, .reveal h2, .reveal h3 { text-transform: none } .reveal .jp-InputPrompt, .reveal .jp-OutputPrompt { display: none }</style>"""
+START = """<script src="reveal.js/dist/reveal.js"></script><script src="reveal.js/plugin/notes/notes.js"></script>
+<script>Reveal.initialize({hash: true, slideNumber: true, width: 1100, height: 720, center: false, plugins: [RevealNotes]});</script>"""
+# what nbconvert's template takes from a CDN, and what stands there instead
+PARTS = [(r'<script src="[^"]*require[^"]*"></script>', ""), (r'<script src="[^"]*jquery[^"]*"></script>', ""), (r'<script type="module">[^<]*mermaid.*?</script>', ""),
+         (r'<link[^>]*font-awesome[^>]*>', ""), (r'<!-- Load mathjax -->.*?<!-- End of mathjax configuration -->', MATHJAX), (r'<script>\s*require\(.*?</script>', START)]
+
+
+def offline(html: str) -> str:
+    "A deck of nbconvert that loads nothing from the network. `ValueError` if nbconvert has changed its template."
+    for pattern, instead in PARTS:
+        html, n = re.subn(pattern, lambda m: instead, html, flags=re.S)
+        if n > 1 or not n and instead: raise ValueError(f"nbconvert's template for slides has changed: {n} places look like {pattern}; see PARTS in tools/course.py")
+    return html
+
+
 def slides(out: Path, reveal: Path, mathjax: Path) -> int:
     "Slides of every lesson as HTML that loads nothing from the network. Exit code."
     import nbformat
@@ -137,13 +182,12 @@ def slides(out: Path, reveal: Path, mathjax: Path) -> int:
     out.mkdir(parents=True, exist_ok=True)
     for name, folder, parts in (("reveal.js", reveal, ("dist", "plugin/notes")), ("mathjax", mathjax, ("es5",))):
         for part in parts: shutil.copytree(folder / part, out / name / part, dirs_exist_ok=True)
-    exporter = SlidesExporter(reveal_url_prefix="reveal.js", mathjax_url="mathjax/es5/tex-chtml-full.js", require_js_url="", jquery_url="",
-                              font_awesome_url="", widget_renderer_url="", mermaid_js_url="", reveal_scroll=True)
+    exporter = SlidesExporter(reveal_url_prefix="reveal.js")
     for path in lessons():
         nb = read(path)
         nb = nbformat.from_dict(dict(nb, cells=slide_types(nb["cells"])))
         html, _ = exporter.from_notebook_node(nb, resources=dict(metadata=dict(name=path.stem)))
-        atomic_write(out / f"{path.stem}.html", lambda to: to.write(html.encode()))
+        atomic_write(out / f"{path.stem}.html", lambda to: to.write(offline(html).encode()))
     print(f"{len(lessons())} decks in {out}: open lesson1.html in a browser, S shows the speaker's view")
     return 0
 
@@ -152,12 +196,16 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("build", help="write the students' versions").add_argument("--check", action="store_true", help="only say whether they are up to date")
+    commands.add_parser("run", help="run lessons in place").add_argument("names", nargs="*", help="such as lesson2; default: all lessons")
     deck = commands.add_parser("slides", help="slides of every lesson, for use without a network")
     deck.add_argument("out", type=Path)
     deck.add_argument("--reveal", type=Path, required=True, help="folder of the npm package reveal.js")
     deck.add_argument("--mathjax", type=Path, required=True, help="folder of the npm package mathjax")
     args = parser.parse_args(argv)
-    try: return build(args.check) if args.command == "build" else slides(args.out, args.reveal, args.mathjax)
+    try:
+        if args.command == "build": return build(args.check)
+        if args.command == "run": return run(args.names)
+        return slides(args.out, args.reveal, args.mathjax)
     except (ValueError, OSError) as e:
         print(e, file=sys.stderr)
         return 2

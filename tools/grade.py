@@ -10,6 +10,7 @@ Students' code runs with your rights. Grade in a container or an account that ho
 import argparse
 import ast
 import csv
+import importlib
 import io
 import json
 import os
@@ -40,14 +41,15 @@ def check_call(text: str) -> tuple[str, str]:
 
 
 def handed_out(path: Path) -> dict:
-    "A lesson as students got it: {exercises: {check: ...}, ids}, in order."
-    cells, exercises, last = student(path)["cells"], {}, None
+    "A lesson as students got it: its exercises in order, by the names of their checks, the ids of its cells, and its imports."
+    module, cells, exercises, last = importlib.import_module(f"adcam.course.{path.stem}"), student(path)["cells"], {}, None
     for cell in cells:
         if "exercise" in tags(cell): last = cell
         if "check" not in tags(cell): continue
         check, answer = check_call(source(cell))
-        exercises[check] = dict(check=check, answer=answer, cell=cell["id"], digest=digest(source(cell)), asks=last["id"])
-    return dict(lesson=path.stem, exercises=exercises, ids={c["id"] for c in cells})
+        exercises[check] = dict(number=getattr(module, check).number, check=check, answer=answer, cell=cell["id"], digest=digest(source(cell)), asks=last["id"])
+    setup = next(source(c) for c in cells if c["cell_type"] == "code")
+    return dict(lesson=path.stem, exercises=exercises, ids={c["id"] for c in cells}, setup=setup)
 
 
 def find_lesson(cells: list[dict], known: list[dict]) -> dict:
@@ -80,23 +82,21 @@ def plan(cells: list[dict], lesson: dict) -> tuple[list[dict], dict[str, str]]:
     return steps[:last + 1], remarks
 
 
-def run_steps(steps: list[dict], lesson: str, limit: float, total: float, memory: float) -> list[dict]:
+def run_steps(steps: list[dict], lesson: dict, limit: float, total: float, memory: float) -> list[dict]:
     "What became of each step. A step at which the process hangs or dies is skipped in the next process."
-    skipped, until = {}, time.monotonic() + total
+    skipped, until, over = {}, time.monotonic() + total, dict(result="time", message="the time for this submission was over")
     while True:
         todo = [dict(s, kind="skip") if i in skipped else s for i, s in enumerate(steps)]
         found, stopped = one_process(todo, lesson, limit, until, memory)
-        if stopped is None or stopped[0] in skipped:
-            return [skipped.get(i) or found.get(i) or dict(result="time", message="the time for this submission was over") for i in range(len(steps))]
-        skipped[stopped[0]] = stopped[1]
-        if time.monotonic() > until: return [skipped.get(i) or found.get(i) or dict(result="time", message="the time for this submission was over") for i in range(len(steps))]
+        if stopped: skipped[stopped[0]] = stopped[1]
+        if not stopped or time.monotonic() > until: return [skipped.get(i) or found.get(i) or over for i in range(len(steps))]
 
 
-def one_process(steps: list[dict], lesson: str, limit: float, until: float, memory: float):
+def one_process(steps: list[dict], lesson: dict, limit: float, until: float, memory: float):
     "Run steps in a fresh process: {step: finding}, and (step, finding) where it hung or died."
     reader, writer = os.pipe()
     with tempfile.TemporaryDirectory() as empty:
-        Path(empty, "plan.json").write_text(json.dumps(dict(steps=steps, lesson=lesson, memory=memory)))
+        Path(empty, "plan.json").write_text(json.dumps(dict(steps=steps, lesson=lesson["lesson"], setup=lesson["setup"], memory=memory)))
         env = {**os.environ, "MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1", "IPYTHONDIR": empty, "ADCAM_RESULTS": os.environ.get("ADCAM_RESULTS", str(COURSE.parent.parent / "results")),
                "PYTHONPATH": os.pathsep.join([str(COURSE.parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])])}
         child = subprocess.Popen([sys.executable, __file__, "--run", str(writer)], cwd=empty, env=env, pass_fds=[writer], start_new_session=True,
@@ -110,31 +110,31 @@ def one_process(steps: list[dict], lesson: str, limit: float, until: float, memo
             child.wait()
 
 
+START = 300  # seconds that Python and PyTorch may take to start on a busy machine
+
 def listen(reader: int, child, n: int, limit: float, until: float):
-    "Read one line of JSON for each finished step, and watch the clock."
-    found, rest, began = {}, b"", time.monotonic() + 60  # a minute to start Python
+    "Read a line of JSON at the start and for each finished step, and watch the clock."
+    lines, rest, deadline = [], b"", time.monotonic() + START
     with selectors.DefaultSelector() as selector:
         selector.register(reader, selectors.EVENT_READ)
-        while len(found) < n:
-            wait = min(began + limit, until) - time.monotonic()
-            if wait <= 0:
-                why = f"no end after {limit:.0f} seconds: an endless loop?" if began + limit <= until else "the time for this submission was over"
-                return found, (len(found), dict(result="time", message=why))
-            if not selector.select(wait): continue
-            data = os.read(reader, 65536)
-            if not data: return found, (len(found), dict(result="died", message=f"the process ended here with code {child.wait()}: out of memory, or an exit in the code?"))
-            *lines, rest = (rest + data).split(b"\n")
-            for line in lines:
-                found[len(found)] = json.loads(line)
-                began = time.monotonic()
-    return found, None
+        while len(lines) <= n:
+            wait = (min(deadline, until) if lines else deadline) - time.monotonic()
+            data = os.read(reader, 65536) if wait > 0 and selector.select(wait) else None
+            if data is None or not data: break
+            *new, rest = (rest + data).split(b"\n")
+            lines += map(json.loads, new)
+            deadline = time.monotonic() + limit
+    found = dict(enumerate(lines[1:]))
+    if len(found) == n: return found, None
+    if not lines: raise OSError("the process of a submission does not start: does `python -c 'import adcam.course.lesson1, IPython'` work?")
+    if data is None: return found, (len(found), dict(result="time", message=f"no end after {limit:.0f} seconds: an endless loop?" if time.monotonic() >= deadline else "the time for this submission was over"))
+    return found, (len(found), dict(result="died", message=f"the process ended here with code {child.wait()}: out of memory, or an exit in the code?"))
 
 
 # ---------------------------------------------------------------- inside of the process
 
 def child(fd: int) -> None:
     "Run the steps of plan.json and write a line of JSON for each to `fd`."
-    import importlib
     work = json.loads(Path("plan.json").read_text())
     try:
         import resource
@@ -142,13 +142,14 @@ def child(fd: int) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))
     except (ImportError, ValueError, OSError): pass  # no such limit on this system
     from IPython.core.interactiveshell import InteractiveShell
-    from adcam.course import checks
     shell, module = InteractiveShell.instance(), importlib.import_module(f"adcam.course.{work['lesson']}")
     originals = {n: getattr(module, n) for n in module.__all__}
-    for step in work["steps"]: os.write(fd, json.dumps(do(step, shell, originals, checks)).encode() + b"\n")
+    shell.run_cell(work["setup"])  # imports take time that is not the student's
+    os.write(fd, b"{}\n")          # ready
+    for step in work["steps"]: os.write(fd, json.dumps(do(step, shell, originals)).encode() + b"\n")
 
 
-def do(step: dict, shell, originals: dict, checks) -> dict:
+def do(step: dict, shell, originals: dict) -> dict:
     "One step: run a cell, or call an original check with the student's answer."
     if step["kind"] == "skip": return dict(result="skipped", message="")
     if step["kind"] == "code":
@@ -157,10 +158,10 @@ def do(step: dict, shell, originals: dict, checks) -> dict:
         return dict(result="error" if error else "ran", message=in_words(error) if error else "")
     check = originals[step["check"]]
     try: answer = eval(step["answer"], shell.user_ns)
-    except BaseException: return dict(result="missing", message=f"`{step['answer']}` is not defined", exercise=check.number)
+    except BaseException: return dict(result="missing", message=f"`{step['answer']}` is not defined")
     try: got = check.judge(answer)
-    except BaseException as e: return dict(result="stopped", message=in_words(e), exercise=check.number)
-    return dict(result=got.state, message=" ".join(got.message.split()), exercise=got.exercise)
+    except BaseException as e: return dict(result="stopped", message=in_words(e))
+    return dict(result=got.state, message=" ".join(got.message.split()))
 
 
 def in_words(error: BaseException) -> str:
@@ -179,7 +180,7 @@ def grade(path: Path, name: str, known: list[dict], limit: float, total: float, 
         lesson = find_lesson(cells, known)
     except (ValueError, OSError) as e: return [row | dict(result="unreadable", message=str(e))]
     steps, remarks = plan(cells, lesson)
-    found = run_steps(steps, lesson["lesson"], limit, total, memory)
+    found = run_steps(steps, lesson, limit, total, memory)
     cell = {s["id"]: f for s, f in zip(steps, found) if s["kind"] == "code"}
     rows = []
     for step, got in ((s, f) for s, f in zip(steps, found) if s["kind"] == "check"):
@@ -187,7 +188,7 @@ def grade(path: Path, name: str, known: list[dict], limit: float, total: float, 
         if got["result"] == "missing":  # say why, if its cell failed
             if asked.get("result") in ("error", "time", "died"): got = dict(got, result=asked["result"], message=asked["message"])
             elif not asked: got = dict(got, message=f"{got['message']}: the cell of the exercise was removed")
-        rows.append(row | dict(lesson=lesson["lesson"], exercise=lesson["numbers"][step["check"]], result=got["result"], message=got["message"], remark=remarks.get(step["check"], "")))
+        rows.append(row | dict(lesson=lesson["lesson"], exercise=step["number"], result=got["result"], message=got["message"], remark=remarks.get(step["check"], "")))
     return sorted(rows, key=lambda r: r["exercise"])
 
 
@@ -201,13 +202,6 @@ def table(rows: list[dict]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
-
-
-def with_numbers(lesson: dict) -> dict:
-    "Add the number of each exercise."
-    import importlib
-    module = importlib.import_module(f"adcam.course.{lesson['lesson']}")
-    return dict(lesson, numbers={c: getattr(module, c).number for c in lesson["exercises"]})
 
 
 def main(argv=None) -> int:
@@ -227,13 +221,15 @@ def main(argv=None) -> int:
     if not args.folder.is_dir(): parser.error(f"{args.folder} is no folder: name the one that holds the submissions")
     files = submissions(args.folder)
     if not files: parser.error(f"{args.folder} holds no .ipynb file")
-    known = [with_numbers(handed_out(p)) for p in lessons()]
+    known = [handed_out(p) for p in lessons()]
     def one(p):
         rows = grade(p, p.relative_to(args.folder).as_posix(), known, args.cell_seconds, args.seconds, args.memory)
         count = Counter(r["result"] for r in rows)
         print(f"{rows[0]['submission']}: " + (rows[0]["message"] if count["unreadable"] else f"{rows[0]['lesson']}, {count['right']} of {len(rows)} right"), file=sys.stderr)
         return rows
-    with ThreadPoolExecutor(args.jobs) as pool: rows = [r for rows in pool.map(one, files) for r in rows]
+    try:
+        with ThreadPoolExecutor(args.jobs) as pool: rows = [r for rows in pool.map(one, files) for r in rows]
+    except OSError as e: parser.error(str(e))
     if args.out: atomic_write(args.out, lambda to: to.write(table(rows).encode()))
     else: print(table(rows), end="")
     return int(any(r["result"] == "unreadable" for r in rows))

@@ -53,12 +53,12 @@ def explained(pair: TwoBranch, ds: Photographs, threshold: float = .4) -> list:
 
 def scored(done, ds: Photographs, what: str) -> list:
     "Rows of a run, with and without CRF, over the classes of `ds`"
-    rows = []
+    rows, number = [], np.array([0, *(ds.classes.index(c) + 1 for c in done.classes)], np.uint8)   # label of the run -> label of ds
     for crf, part in ((False, "pseudo_masks"), (True, "crf_masks")):
         C, n = np.zeros((len(ds.classes) + 1,) * 2, np.int64), 0
         for i, name in enumerate(ds.ids):
             if label_of(ds, i).any() and (path := done.folder.parent / part / f"{name}.png").is_file():
-                C, n = C + confusion(read_mask(path, len(ds.classes)), ds.mask(i), len(ds.classes)), n + 1
+                C, n = C + confusion(number[read_mask(path, len(done.classes))], ds.mask(i), len(ds.classes)), n + 1
         rows.append(dict(what=what, crf=crf, n=n, **{v: scores(C)[v] for v in KEPT}))
     return rows
 
