@@ -158,7 +158,7 @@ readme: install ## run nbs/index.ipynb on what was measured, write README.md fro
 
 # Sphinx is not part of `make install`; it reads the notebooks as they are committed and runs none
 docs: install ## the whole book as a site that needs no server: _docs/index.html (a minute)
-	$(PIP) $(shell $(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
+	$(PIP) $(shell $(PY) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
 	$(PY) docs/build.py _docs
 
 dist: install ## a wheel for a package index, in dist: notebooks and configs inside, links of the description absolute (seconds)

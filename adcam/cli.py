@@ -459,13 +459,38 @@ def evaluate(
     _tell(picked)
 
 # %% ../nbs/14_cli.ipynb #7a216cd7
+def _class_list(text: Optional[str]) -> Optional[tuple]:
+    "Class names from a file with a name per line, or separated by commas."
+    if text is None:
+        return None
+    from adcam.data import class_names
+    path = Path(text)
+    names = path.read_text(encoding="utf-8-sig").splitlines() if path.is_file() else text.split(",")
+    return class_names([n for n in names if n.strip()], text)
+
+def _images_of(folder: Path, suffix: str, data: str, split: str, n: Optional[int]):
+    "The images that a folder of results was made from. Photographs without a table have theirs beside the results, where `adcam masks` wrote it."
+    from adcam.data import Subset, chosen, folder as own
+    table, named = folder.parent / "labels.csv", folder.parent / "classes.txt"
+    classes = _class_list(str(named)) if named.is_file() else None
+    try:
+        picked = _images(data, split, n, files=folder, suffix=suffix)
+    except ValueError as e:
+        if "is no data set" not in str(e) or not table.is_file():
+            raise
+        ds = own(data, table.resolve(), "masks" if (Path(data) / "masks").is_dir() else None, classes, check=False)
+        picked = chosen(ds if n is None else Subset(ds, n=n), files=folder, suffix=suffix)
+    if classes not in (None, tuple(picked.ds.classes)):
+        raise ValueError(f"{folder} was made for the classes {', '.join(classes[:9])} ({named}), the data has {', '.join(picked.ds.classes[:9])}; name the data that it was made from")
+    return picked
+
 def _shown(folder: Path, data: str, split: str, n: Optional[int]) -> tuple:
     "What a folder holds (`kind_of`) and the images it belongs to; the folder may be a data set itself."
     from adcam.data import KINDS
     from adcam.show import kind_of
     name = str(folder)
     suffix = "" if name == "mini" or name.partition(":")[0] in KINDS else kind_of(folder)
-    return suffix, _images(data if suffix else name, split, n, masks=not suffix, **dict(files=folder, suffix=suffix) if suffix else {})
+    return suffix, _images_of(folder, suffix, data, split, n) if suffix else _images(name, split, n, masks=True)
 
 # %% ../nbs/14_cli.ipynb #2b237cd5
 @app.command()
@@ -503,15 +528,6 @@ class Form(str, Enum):
     cvat = "cvat"
     voc = "voc"
 
-def _class_list(text: Optional[str]) -> Optional[tuple]:
-    "Class names from a file with a name per line, or separated by commas."
-    if text is None:
-        return None
-    from adcam.data import class_names
-    path = Path(text)
-    names = path.read_text(encoding="utf-8-sig").splitlines() if path.is_file() else text.split(",")
-    return class_names([n for n in names if n.strip()], text)
-
 # %% ../nbs/14_cli.ipynb #bc330937
 @app.command("export")
 def export_command(
@@ -525,7 +541,7 @@ def export_command(
 ) -> None:
     "Hand masks to a tool in which people correct them."
     from adcam.export import export_masks
-    picked = _images(data, split, limit, files=folder, suffix=".png")
+    picked = _images_of(folder, ".png", data, split, limit)
     done = export_masks(picked.ds, folder, out, to.value, split, tolerance, min_area, progress=sys.stderr.isatty())
     typer.echo(f"wrote {len(done.ids)} photographs with {done.shapes} {'files' if to is Form.voc else 'shapes'} to {out}")
     if done.undecided:

@@ -41,10 +41,15 @@ class Learned(NamedTuple):
         "Is it no better than chance? Also where that cannot be told"
         return not self.map > self.luck
 
+    @property
+    def too_few(self) -> bool:
+        "Would luck alone do as well as anybody can?"
+        return not self.luck < .995
+
     def __str__(self) -> str:
         if not self.classes: return f"mAP cannot be measured: of {self.images} images {self.on} every class is in all or in none"
         told = f"mAP {self.map:.2f} over {self.classes} classes, {self.images} images {self.on}; chance {self.chance:.2f}, with luck {self.luck:.2f}"
-        return f"{told}: {'AT CHANCE' if self.at_chance else 'it has learned'}"
+        return f"{told}: {'too few images to tell' if self.too_few else 'AT CHANCE' if self.at_chance else 'it has learned'}"
 
 # %% ../nbs/04c_learned.ipynb #c54881e5
 _REMEDY = "Give more images of each class (20 or more), pre-trained weights, or more epochs; or, for classes that ImageNet has, train nothing: adcam masks FOLDER --classes"
@@ -54,7 +59,7 @@ def warning(
 ) -> str:            # two or three lines; empty if there is nothing to warn of
     "What must be said about a classifier that knows nothing"
     if not found.at_chance: return ""
-    if not found.classes: return f"Nobody can tell whether this classifier has learned: {found}.\nIts maps show what these images have in common, which need not be the object. {_REMEDY}."
+    if found.too_few: return f"Nobody can tell whether this classifier has learned: {found}.\nIts maps show what these images have in common, which need not be the object. {_REMEDY}."
     return f"The classifier is at chance: {found}.\nIts maps, and all masks made of them, mean nothing. {_REMEDY}."
 
 # %% ../nbs/04c_learned.ipynb #75407cec

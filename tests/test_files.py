@@ -239,3 +239,26 @@ def test_the_command_line_says_it_in_one_line(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop: main(["data", "check", "folder", "."])
     assert stop.value.code == 2 and len(capsys.readouterr().err.strip().splitlines()) == 1
     assert issubclass(WorkerDied, RuntimeError)
+
+
+def test_force_that_fails_before_its_first_file_gives_the_old_ones_back(tmp_path):
+    with claimed(tmp_path, dict(k=1), "*.npz"): (tmp_path / "a.npz").write_text("old")
+    with pytest.raises(ValueError), claimed(tmp_path, dict(k=0), "*.npz", force=True): raise ValueError("k=0")
+    assert (tmp_path / "a.npz").read_text() == "old" and read_json(tmp_path / "settings.json") == dict(k=1)
+    assert not list(tmp_path.glob(".replaced"))
+
+
+def test_force_that_fails_after_its_first_file_keeps_the_new_settings(tmp_path):
+    with claimed(tmp_path, dict(k=1), "*.npz"): (tmp_path / "a.npz").write_text("old")
+    with pytest.raises(ValueError), claimed(tmp_path, dict(k=2), "*.npz", force=True):
+        (tmp_path / "b.npz").write_text("new")
+        raise ValueError("the disk is full")
+    assert [p.name for p in tmp_path.glob("*.npz")] == ["b.npz"] and read_json(tmp_path / "settings.json") == dict(k=2)
+
+
+def test_a_second_force_after_a_kill_still_gives_the_first_files_back(tmp_path):
+    with claimed(tmp_path, dict(k=1), "*.npz"): (tmp_path / "a.npz").write_text("old")
+    killed = claimed(tmp_path, dict(k=2), "*.npz", shard=(0, 2), force=True)  # of several processes, which give nothing back
+    with pytest.raises(ValueError), killed: raise ValueError
+    with pytest.raises(ValueError), claimed(tmp_path, dict(k=0), "*.npz", force=True): raise ValueError("k=0")
+    assert (tmp_path / "a.npz").read_text() == "old" and read_json(tmp_path / "settings.json") == dict(k=1)

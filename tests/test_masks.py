@@ -228,6 +228,8 @@ def test_knowledge_is_told_from_chance(seed):
 def test_where_nothing_can_be_told_it_is_said():
     found = judge(np.zeros((6, 2)), np.ones((6, 2)))
     assert found.at_chance and "cannot be measured" in str(found) and "Nobody can tell" in warning(found)
+    perfect = judge(np.eye(3), np.eye(3))
+    assert perfect.map == 1 and perfect.too_few and "too few images to tell" in str(perfect) and "Nobody can tell" in warning(perfect)
 
 
 @given(st.integers(1, 60))

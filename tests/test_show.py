@@ -214,3 +214,28 @@ def test_show_seeds_is_a_figure_with_a_row_per_photograph(ds, seeds):
     fig = show.show_seeds(seeds, ds, [0, 2], .4)
     assert len(fig.axes) == 8 and [a.get_title() for a in fig.axes[:4]] == list(show.VIEWS)
     assert ds.ids[2] in fig.axes[4].get_ylabel() and "IoU" in fig.axes[4].get_ylabel()
+
+
+@pytest.fixture
+def own(voc, ds, tmp_path):
+    "Photographs without a table, and results with the table that `adcam masks` leaves beside them."
+    for i in range(3):
+        for path in (tmp_path/f"photos/{ds.ids[i]}.jpg", tmp_path/f"own/masks/{ds.ids[i]}.png"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes((ds.image_path(i) if path.suffix == ".jpg" else ds.mask_path(i)).read_bytes())
+    (tmp_path/"own/labels.csv").write_text("id,labels\n" + "".join(f"{ds.ids[i]},{';'.join(ds.classes[k] for k in np.flatnonzero(ds.label(i)))}\n" for i in range(3)))
+    (tmp_path/"own/classes.txt").write_text("\n".join(ds.classes) + "\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize("line", [["show", "{0}/own/masks", "--out", "{0}/page.html"], ["export", "{0}/own/masks", "--to", "labelme", "--out", "{0}/fix"]])
+def test_results_of_adcam_masks_know_their_labels(own, capsys, line):
+    code, text = command(capsys, [w.format(own) for w in line] + ["--data", own/"photos"])
+    assert code == 0 and "3 photographs" in text, text
+
+
+def test_masks_of_other_classes_are_refused(own, ds, capsys):
+    (own/"own/classes.txt").write_text("\n".join(reversed(ds.classes)) + "\n")
+    (own/"photos/labels.csv").write_text((own/"own/labels.csv").read_text())
+    code, text = command(capsys, ["show", own/"own/masks", "--data", own/"photos", "--out", own/"page.html"])
+    assert code == 2 and "was made for the classes" in text and len(text.strip().splitlines()) == 1
