@@ -11,6 +11,7 @@ from adcam.viz import Result
 from test_house import EXPORTED, NOTEBOOKS, name_of, read
 
 sys.path.insert(0, str(ROOT / "tools"))
+import book  # noqa: E402
 import outcome  # noqa: E402
 import quotes  # noqa: E402
 
@@ -157,3 +158,15 @@ def test_every_misprint_number_is_defined():
     defined = set(re.findall(r"^\| <a id=\"m\d+\"></a>(M\d+) \|", (ROOT / "DEPARTURES.md").read_text(encoding="utf-8"), re.M))
     used = {m for path in [*PAGES, *EXPORTED] for m in re.findall(r"(?<![\w/-])M\d{1,2}(?![\w-])", prose(path) if path in PAGES else path.read_text(encoding="utf-8"))}
     assert used and used <= defined
+
+
+# ---------------------------------------------------------------- the table of tools/book.py
+
+PICTURE = {"outputs": [{"data": {"image/png": ""}}]}
+SMALL = {"cells": [{"cell_type": "markdown", "source": "four words of prose $x+y$ `code`"}, {"cell_type": "code", "source": "#| hide\nimport os"},
+                   {"cell_type": "code", "source": "x = 1\ny = 2"}, {"cell_type": "code", "source": "assert x < y"} | PICTURE]}
+
+
+@pytest.mark.parametrize("key, value", [("cells", 4), ("words", 4), ("max", 2), ("pictures", 1), ("run_lines", 3), ("run_cells", 2), ("first_picture", 3), ("tests", 1 / 3)])
+def test_numbers_of_a_notebook(key, value):
+    assert book.row("small", SMALL)[key] == value

@@ -247,14 +247,14 @@ def test_controls_and_clicks_without_a_browser():
     heat_screen = pictures.children[0].children[1]
     assert isinstance(heat_screen, ipywidgets.Image) and list(k.options) == [2, 5, 12] and list(T.options) == [0, 1, 2]
     seen = {heat_screen.value}
-    for control, value in ((k, 12), (T, 0), (direction, "push"), (cls, 1)):
+    for control, value in ((k, 5), (T, 0), (direction, "push"), (cls, 1)):
         control.value = value
         assert heat_screen.value not in seen
         seen.add(heat_screen.value)
-    assert (box.tool.k, box.tool.T, box.tool.direction, box.tool.cls) == (12, 0, "push", 1)
+    assert (box.tool.k, box.tool.T, box.tool.direction, box.tool.cls) == (5, 0, "push", 1)
     event = next(w for w in reversed(list(ipywidgets.widget._instances.values())) if isinstance(w, Event) and w.source is heat_screen)
-    event._handle_mouse_msg(event, {"type": "click", "dataX": 79, "dataY": 59}, None)         # what the browser sends
-    assert box.tool.patch == 11 and "patch 11" in line.value and heat_screen.value not in seen
+    event._handle_mouse_msg(event, {"type": "click", "dataX": 0, "dataY": 0}, None)         # what the browser sends
+    assert box.tool.patch == 0 and "patch 0" in line.value and heat_screen.value not in seen
 
 
 def test_missing_widgets_are_named(monkeypatch):

@@ -66,7 +66,7 @@ def row(name: str, nb: dict) -> dict:
 def notebooks(commit: str = "") -> dict:
     "{name: notebook} of the work tree or of a commit."
     if not commit:
-        return {p.relative_to(ROOT / "nbs").as_posix(): json.loads(p.read_text(encoding="utf-8")) for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts}
+        return {p.relative_to(ROOT / "nbs").as_posix(): json.loads(p.read_text(encoding="utf-8")) for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if not {".ipynb_checkpoints", "student"} & set(p.parts)}  # students' versions are lessons with blanks
     git = lambda *a: subprocess.run(["git", *a], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     names = [n for n in git("ls-tree", "-r", "--name-only", commit, "nbs").splitlines() if n.endswith(".ipynb")]
     return {n.removeprefix("nbs/"): json.loads(git("show", f"{commit}:{n}")) for n in names}
