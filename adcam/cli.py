@@ -886,12 +886,11 @@ def _pairs_of_files(images: Path, masks: Path) -> list:
         raise ValueError(f"no .jpg or .png in {images}")
     return [(f, masks if masks.is_file() else masks / f"{f.stem}.png") for f in files]
 
-def _refined(file: Path, mask: Path, target: Path, **options) -> None:
-    "One mask through the CRF."
+def _refined(file: Path, mask: Path, **options):
+    "One mask through the CRF, as a palette picture."
     from PIL import Image
     from adcam.crf import refine_labels
     from adcam.data import read_image, read_mask
-    from adcam.files import atomic_write
     from adcam.viz import palette
     image = read_image(file)
     labels = read_mask(mask, 254, image.shape[:2])  # any class number
@@ -899,7 +898,7 @@ def _refined(file: Path, mask: Path, target: Path, **options) -> None:
         raise ValueError(f"mask {mask} holds only 0 and 255, which is background and unknown here; write class numbers, 0 and 1 for one class")
     refined = Image.fromarray(refine_labels(labels, image, **options))
     refined.putpalette(palette().tobytes())
-    atomic_write(target, lambda f: refined.save(f, "PNG"))
+    return refined
 
 # %% ../nbs/14_cli.ipynb #0c809997
 @app.command()
@@ -916,7 +915,7 @@ def crf(
     import adcam.crf as c
     from adcam.data import Skipped
     from adcam.devices import pick_device
-    from adcam.files import at_work, why_left_out
+    from adcam.files import at_work, atomic_write, why_left_out
     place, presets, left_out = pick_device(device), dict(irn=c.IRN, psa=c.PSA, deeplab=c.DEEPLAB, getam=c.GETAM), []
     if preset not in presets:
         raise ValueError(f"unknown preset {preset!r}; choose one of {', '.join(presets)}")
@@ -927,10 +926,12 @@ def crf(
             if target.exists():
                 continue
             try:
-                _refined(file, mask, target, gt_prob=gt_prob, device=place, backend=backend, **presets[preset])
-                typer.echo(f"{n}/{len(pairs)} {target}")
+                refined = _refined(file, mask, gt_prob=gt_prob, device=place, backend=backend, **presets[preset])
             except (ValueError, OSError) as e:
                 left_out.append(Skipped(file.name, why_left_out(e)))
+                continue
+            atomic_write(target, lambda f: refined.save(f, "PNG"))  # noqa: B023, called at once
+            typer.echo(f"{n}/{len(pairs)} {target}")
     if len(pairs) == 1 and left_out:
         raise ValueError(left_out[0].reason)
     if len(left_out) == len(pairs):

@@ -559,10 +559,10 @@ def estimate(
 # %% ../nbs/13b_run.ipynb #c0a5e009
 BUDGETS = ("off", "tell", "check", "only")
 
-def _tell_cost(p, ds, out, budget, method, weights, trained, heads, seed, cnn_weights, vit_weights, refine, crf, backbone, processes, device, precision, segment, limit, lower) -> None:
-    "Print what the run will cost; a `MemoryError` stops one that is too large. A run that has all its seeds is not probed again"
-    todo = [i for i, name in enumerate(ds.ids) if not (out / "seeds" / f"{name}.npz").exists()]
-    if not todo: return
+def _tell_cost(p, ds, out, budget, method, weights, trained, heads, seed, cnn_weights, vit_weights, refine, crf, backbone, processes, device, precision, segment, limit, lower) -> bool:
+    "Print what the run will cost; a `MemoryError` stops one that is too large. A run that has all its seeds is not probed again. Was that all that was asked?"
+    todo = [] if budget == "off" else [i for i, name in enumerate(ds.ids) if not (out / "seeds" / f"{name}.npz").exists()]
+    if not todo: return budget == "only"
     ready = not heads and (trained is not None or p.dataset == "scenes" and weights is None)
     with contextlib.redirect_stderr(io.StringIO()): net = trained if isinstance(trained, nn.Module) else _start(p, weights, seed, cnn_weights, vit_weights)   # the run itself warns
     finished = (out / "classifier" / "weights.safetensors").is_file()
@@ -573,6 +573,7 @@ def _tell_cost(p, ds, out, budget, method, weights, trained, heads, seed, cnn_we
         views = config.batch * config.iterations if limit is None else min(LOOKS * len(ds), config.batch * config.iterations)
         found.costs.append(_training_cost("segmentation", net, config.crop, views, -(-config.batch // config.accumulate)))
     print(approve(found, anyway=budget != "check"))
+    return budget == "only"
 
 # %% ../nbs/13b_run.ipynb #85c11962
 def _check_call(budget: str, refine: str, device: str, precision: str) -> torch.device:
@@ -591,14 +592,17 @@ def _measured(ds: Any, ids: list) -> Any:
 
 def _is_file(f: Any) -> bool: return isinstance(f, (str, Path)) and bool(f) and f != "timm"
 
-def _origin(p: Profile, data: Any, ds: Any, seed: int, start: float, files: list, **settings) -> dict:
-    "Where the numbers of a run come from"
+def _record(log: _Log, out: Path, unlabeled: list, p: Profile, data: Any, ds: Any, seed: int, start: float, files: list, **settings) -> None:
+    "run.json: the rows, and where the numbers come from"
     name = Path(data).name if isinstance(data, (str, Path)) else getattr(data, "name", type(data).__name__)
-    return provenance(seeds=[seed], settings=asdict(p) | dict(data=name) | settings, data=dict(train=ds.fingerprint()), seconds=time.perf_counter() - start, checkpoints=[f for f in files if _is_file(f)])
+    origin = provenance(seeds=[seed], settings=asdict(p) | dict(data=name) | settings, data=dict(train=ds.fingerprint()), seconds=time.perf_counter() - start, checkpoints=[f for f in files if _is_file(f)])
+    save_result("run", log.rows, out, origin, skipped=[s._asdict() for s in log.skipped], unlabeled=unlabeled)
 
 # %% ../nbs/13b_run.ipynb #b7953828
 def _data_stage(p: Profile, data: Any, limit: int | None, workers: int) -> tuple[RunData, str]:
+    "The images, and whether labels and masks agree where there are both"
     d = run_data(p, data, limit, workers)
+    if not (isinstance(data, str) and data == "mini") and (shown := _measured(d.train, d.measured)): check_agreement(shown)
     return d, f"{len(d.train)} to work on, {len(d.measured)} to measure, {len(d.skipped)} unreadable, {len(d.unlabeled)} without a class"
 
 def _seeds(log: _Log, p: Profile, net: nn.Module, ds: Any, out: Path, measured: list, method: str, processes: int, progress: bool, device: str, precision: str) -> Any:
@@ -656,13 +660,10 @@ def run(
     p, out, log, start = profile, Path(out), _Log(), time.perf_counter()
     d = log.stage("data", None, lambda: _data_stage(p, data, limit, workers))
     ds, n, log.skipped, backbone = d.train, len(d.train), list(d.skipped), cnn_weights if is_pair(p) else resnet
-    if not (isinstance(data, str) and data == "mini") and (shown := _measured(ds, d.measured)): check_agreement(shown)
-    if budget != "off": _tell_cost(p, ds, out, budget, method, weights, trained, heads, seed, cnn_weights, vit_weights, refine, crf, backbone, processes, device, precision, segment, limit, lower)
-    if budget == "only": return RunResult(log.rows, log.skipped, d.unlabeled, n + len(d.skipped))
+    if _tell_cost(p, ds, out, budget, method, weights, trained, heads, seed, cnn_weights, vit_weights, refine, crf, backbone, processes, device, precision, segment, limit, lower): return RunResult(log.rows, log.skipped, d.unlabeled, n + len(d.skipped))
     net = log.stage("classifier", n, lambda: classifier_stage(p, ds, out, weights, trained, seed, workers, progress, device, precision, cnn_weights, vit_weights, heads))
     ds = _seeds(log, p, net, ds, out, d.measured, method, processes, progress, device, precision)
     ds = _masks(log, p, ds, out, d.measured, refine, crf, backbone, seed, processes, workers, progress, device, precision, force)
     if segment: _segment(log, p, data, ds, out, limit, (init or cnn_weights) if is_pair(p) else init, seed, processes, progress, device, precision)
-    origin = _origin(p, data, ds, seed, start, [weights, trained, resnet, init, cnn_weights, vit_weights], method=method, refine=refine, crf=crf, heads=heads, limit=limit, **numerics(place, precision))
-    save_result("run", log.rows, out, origin, skipped=[s._asdict() for s in log.skipped], unlabeled=d.unlabeled)
+    _record(log, out, d.unlabeled, p, data, ds, seed, start, [weights, trained, resnet, init, cnn_weights, vit_weights], method=method, refine=refine, crf=crf, heads=heads, limit=limit, **numerics(place, precision))
     return RunResult(log.rows, log.skipped, d.unlabeled, n + len(d.skipped))
