@@ -118,7 +118,7 @@ def address(site):
     server.shutdown()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # one that outlives the module would keep other modules from starting theirs
 def browser():
     from playwright.sync_api import sync_playwright
     with sync_playwright() as p:

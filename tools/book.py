@@ -1,4 +1,4 @@
-"""The notebooks as a book, in numbers: results/bench/book.json.
+"""The notebooks as a book, in numbers: results/book.json.
 
     python tools/book.py                     measure the notebooks as they are and keep the "before" of the file
     python tools/book.py --before COMMIT     measure COMMIT as "before" too
@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 
 ROOT = Path(__file__).resolve().parent.parent
-OUT = ROOT / "results/bench/book.json"
+OUT = ROOT / "results/book.json"
 TEST = re.compile(r"\b(?:test_\w+\(|assert\b)")
 HIDDEN = re.compile(r"^#\|\s*(?:hide|default_exp|exporti)\b", re.M)
 WORDS, LINES = 200, 60  # that a reader takes in a minute
