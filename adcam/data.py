@@ -875,6 +875,10 @@ class Folder(_Files):
         self.ids, self._labels = ids + sorted(set(self._images)-set(ids)), {i: y for i, (_, _, y) in zip(ids, table)}
         self._table = path
 
+    def table(self) -> dict: # {path below the folder: names with ; between them}, without lines that have no image
+        "The labels as one may write them"
+        named = {i: ";".join(c for c, yes in zip(self.classes, y) if yes) for i, y in self._labels.items()}
+        return {self._images[i].relative_to(self.root).as_posix(): names for i, names in named.items() if i in self._images}
     def image_path(self, i): return self._images.get(self.ids[i], self.root/self.ids[i])
     def mask_path(self, i): return None if self._masks is None or self.ids[i] not in self._rel else self._masks/f"{self._rel[self.ids[i]]}.png"
     def _find_label(self, i): raise ValueError(f"image {self.ids[i]} has no line in {self._table}; add one")

@@ -314,17 +314,18 @@ def make_masks(
     if pair and net is None: net = _network(network, None, p.num_classes, cnn_weights, vit_weights, random_weights)
     done = run(p, opened.ds, out, trained=net, heads=groups is None, refine=refine, crf=crf, cnn_weights=cnn_weights, vit_weights=vit_weights, limit=limit, budget=budget, force=force,
                lower=f"--size (now {long}), --set scales or --processes", progress=progress, device=device, **options)
-    return _finish(done, opened, out, crf, budget, force)
+    return _finish(done, opened, out, labels, crf, budget, force)
 
 # %% ../nbs/13h_masks.ipynb #d35eb2d5
 SIZES = dict(pair=640, mini=192)  # long side, pixels
 THRESHOLDS = dict(pair=.55, mini=.25)  # score of the background, without a walk
 
-def _finish(done: RunResult, opened: Opened, out: Path, crf: bool, budget: str, force: bool) -> Masks:
-    "Masks in full size, and the names of their labels"
+def _finish(done: RunResult, opened: Opened, out: Path, labels: Any, crf: bool, budget: str, force: bool) -> Masks:
+    "Masks in full size, the names of their labels, and the table where it lay elsewhere: `adcam show` reads both"
     if budget == "only": return Masks(out / "masks", opened.ds.classes, 0, done, opened)
     source, lost = out / ("crf_masks" if crf else "pseudo_masks"), {s.id for s in done.skipped}
     there = {path.stem for path in source.glob("*.png")}
     ids = [i for i in opened.ds.ids if i in there and i not in lost]
     atomic_write(out / "classes.txt", lambda f: f.write("\n".join([*opened.ds.classes, ""]).encode()))
+    if labels is not None: _write_table(out / "labels.csv", opened.whole.table())
     return Masks(out / "masks", opened.ds.classes, full_size(opened.whole, ids, source, out / "masks", force), done, opened)
