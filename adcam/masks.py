@@ -176,9 +176,13 @@ class Photographs:
 
     def __getitem__(self, i: int) -> Sample: return Sample(self.ids[i], self.image(i), self.label(i), self.mask(i))
 
+    def _digest(self, items) -> str:
+        inner = self.ds._digest(items) if hasattr(self.ds, "_digest") else f"{self.ds.fingerprint()}{list(items)}"
+        return hashlib.sha256(f"{inner}{self.long}{self.wanted.tolist()}".encode()).hexdigest()
+
     def fingerprint(self) -> str:
         "Hash of the photographs, the limit and the classes"
-        return hashlib.sha256(f"{self.ds.fingerprint()}{self.long}{self.wanted.tolist()}".encode()).hexdigest()
+        return self._digest(range(len(self)))
 
 # %% ../nbs/13h_masks.ipynb #aa5d097d
 class Opened(NamedTuple):
