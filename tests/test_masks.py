@@ -3,6 +3,7 @@ import csv
 import json
 import shlex
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,12 +11,13 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 import adcam.run
+from adcam.baselines.psa import AffinityConfig
 from adcam.branches import VOC_IMAGENET
 from adcam.cli import main
 from adcam.cost import Cost, Estimate, Work, approve, duration, law, predicted
 from adcam.data import folder
 from adcam.learned import held_out, judge, warning
-from adcam.masks import Photographs, class_groups, enlarge_mask, labels_by_folder, make_masks, masks_profile
+from adcam.masks import Photographs, class_groups, enlarge_mask, imagenet_hint, labels_by_folder, make_masks, masks_profile, open_photographs, unread
 from adcam.run import LOOKS, override, segmentation_stage
 from adcam.pipeline import profiles
 from adcam.scenes import Scenes
@@ -89,6 +91,25 @@ def test_a_photograph_without_a_line_is_named_and_left_out(photos, tmp_path, cap
     (tmp_path / "some.csv").write_text("\n".join(rows))
     code, told, err = cli(capsys, "masks", photos, "--labels", tmp_path / "some.csv", "--network", "mini", "--size", 64, "--out", tmp_path / "out")
     assert code == 1 and "image p0 has no line in" in err and "wrote 4 masks" in told
+
+
+def test_formats_that_are_not_read_are_named(photos, tmp_path, capsys):
+    root = shutil.copytree(photos, tmp_path / "in")
+    (root / "IMG_1.HEIC").write_bytes(b"x")
+    assert unread(photos) == ""
+    _, told, _ = cli(capsys, "masks", root, "--network", "mini", "--size", 64, "--out", tmp_path / "out", "--estimate")
+    assert "1 file is not read, first IMG_1.HEIC" in told
+
+
+def test_few_photographs_are_better_left_to_imagenet(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    rows = [(f"{i}.png", c) for i, c in enumerate(["bus", "bus", "Hund", "cat;bus"])]
+    for name, _ in rows: Image.new("RGB", (32, 32)).save(tmp_path / "in" / name)
+    (tmp_path / "in/labels.csv").write_text("\n".join(",".join(r) for r in [("id", "labels"), *rows]))
+    hint = lambda: imagenet_hint(open_photographs(tmp_path / "in", tmp_path / "out"))
+    assert '(1 of Hund, 20 are better)' in hint() and hint().endswith('--classes "bus;cat"')
+    (tmp_path / "in/labels.csv").write_text("id,labels\n" + "\n".join(f"{r[0]},Hund" for r in rows))
+    assert hint() == ""
 
 
 def test_words_that_are_always_together_are_asked_about(tmp_path):
@@ -200,7 +221,8 @@ def test_nothing_seen_is_said(photos, tmp_path):
 
 
 @pytest.mark.parametrize("refine, stages", [("irn", ["IR labels", "IRNet"]), ("psa", ["PSA scores", "AffinityNet"])])
-def test_a_pair_walks_to_its_masks(tmp_path, refine, stages):
+def test_a_pair_walks_to_its_masks(tmp_path, monkeypatch, refine, stages):
+    monkeypatch.setattr(adcam.run, "AffinityConfig", partial(AffinityConfig, crop=96, epochs=1))
     root = tmp_path / "in"
     root.mkdir()
     for i in range(2): Image.fromarray(np.random.default_rng(i).integers(0, 256, (48, 64, 3), np.uint8)).save(root / f"{i}.png")
