@@ -1143,9 +1143,10 @@ def own_masks(
     if only_estimate:
         return
     typer.echo(f"wrote {done.count} masks: {done.folder}  (0 background, " + ", ".join(f"{k} {c}" for k, c in enumerate(done.classes, 1)) + ")")
+    part = f" --limit {limit}" if limit else ""
     masks, photographs, page = (shlex.quote(str(x)) for x in (done.folder, folder, out / "page.html"))
-    typer.echo(f"look at them:    adcam show {masks} --data {photographs} --out {page}")
-    typer.echo(f"to correct them: adcam export {masks} --data {photographs} --to labelme --out {shlex.quote(str(out / 'labelme'))}")
+    typer.echo(f"look at them:    adcam show {masks} --data {photographs}{part} --out {page}")
+    typer.echo(f"to correct them: adcam export {masks} --data {photographs}{part} --to labelme --out {shlex.quote(str(out / 'labelme'))}")
     _tell_skipped(done.run.skipped, done.run.total)
 
 # %% ../nbs/14_cli.ipynb #bbfb1224

@@ -221,7 +221,7 @@ def test_nothing_seen_is_said(photos, tmp_path):
 
 
 @pytest.mark.parametrize("refine, stages", [("irn", ["IR labels", "IRNet"]), ("psa", ["PSA scores", "AffinityNet"])])
-def test_a_pair_walks_to_its_masks(tmp_path, monkeypatch, refine, stages):
+def test_a_pair_walks_to_its_masks(tmp_path, capsys, monkeypatch, refine, stages):
     monkeypatch.setattr(adcam.run, "AffinityConfig", partial(AffinityConfig, crop=96, epochs=1))
     root = tmp_path / "in"
     root.mkdir()
@@ -230,6 +230,7 @@ def test_a_pair_walks_to_its_masks(tmp_path, monkeypatch, refine, stages):
     go = lambda: make_masks(root, tmp_path / "out", classes="dog;bus", network="test_resnet+test_vit", random_weights=True, size=64, refine=refine,
                             change=["k=2", "irn_crop=64", "irn_radius=5", "irn_epochs=1", "irn_batch=2"], progress=False)
     done, again = go(), go()
+    assert f"{stages[1]} " in capsys.readouterr().out.split("estimate:")[1].split("\n")[0]
     assert done.count == 2 and [r["stage"] for r in done.run.rows if "seconds" in r][3:] == [*stages, "pseudo masks", "CRF"]
     assert [r["note"] for r in again.run.rows if r["stage"] in ("pseudo masks", "CRF")] == ["0 computed, 2 were there"] * 2
     assert [np.asarray(Image.open(done.folder / f"{i}.png")).shape for i in range(2)] == [(48, 64)] * 2
