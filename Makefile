@@ -31,7 +31,7 @@ WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count() or 1, 8))')
 # papermill with a line at the terminal that says what it is doing and how long that will take
 PAPER := $(PY) -m adcam.cli paper
 
-.PHONY: help install figure4 table3 fig1 fig2_3 fig5 fig6 theorem41 table1 table2 coco photos voc voc-public claims results outcome redraw checkpoints bench bench-gpu course slides test export check readme docs dist clean
+.PHONY: help install figure4 table3 fig1 fig2_3 fig5 fig6 theorem41 table1 related table2 coco photos voc voc-public claims results outcome redraw checkpoints bench bench-gpu course slides test export check readme docs dist clean
 
 help: ## list the targets; times are those of two CPU cores
 	@awk -F ':.*## ' '/^[a-z][a-z0-9_-]*:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -79,6 +79,9 @@ fig2_3: install ## Figures 2 and 3: the pipeline with its shapes, the refinement
 table1: install ## Table 1: ten methods from seeds to segmentation networks (1.5 h)
 	$(call paper,table1)
 
+related: install ## the related work in Table 1: Score-CAM, PCM, SEAM, OAA+, PSA (1 h)
+	$(PAPER) table1 -f configs/table1_related.yaml --out $(OUT)/related
+
 table2: install ## Table 2: what training and extraction of each method cost (1 min)
 	$(call paper,table2)
 
@@ -113,7 +116,7 @@ claims: OUT = results/claims
 claims: install ## every claim of the paper with its verdict, read from results/ (seconds)
 	$(call paper,claims)
 
-results: figure4 table3 fig1 fig2_3 fig5 fig6 theorem41 table1 table2 outcome ## every table and figure on Scenes, shown in the notebooks that make them (2 h)
+results: figure4 table3 fig1 fig2_3 fig5 fig6 theorem41 table1 related table2 outcome ## every table and figure on Scenes, shown in the notebooks that make them (3 h)
 
 outcome: install ## put what results/ holds into the figure notebooks (seconds)
 	$(PY) tools/outcome.py

@@ -333,6 +333,13 @@ def _tell_seeds_cost(model, ds, out: Path, method: str, views: dict, options: di
         return typer.echo(f"no estimate: {error}", err=True)
     typer.echo(approve(found, anyway=anyway or only))
 
+# %% ../nbs/14_cli.ipynb #883864d6
+def _tell_seeds(ds, out: Path, done: dict) -> None:
+    "What `extract_dataset` has done."
+    from adcam.data import Chosen, Skipped
+    typer.echo(f"{done['computed']} seeds computed, {done['cached']} were there: {out}")
+    _tell(Chosen(ds, [Skipped(*s) for s in done["skipped"]], done["unlabeled"], len(ds)))
+
 # %% ../nbs/14_cli.ipynb #8a9045e5
 @app.command()
 def seeds(
@@ -358,7 +365,7 @@ def seeds(
     "Extract seeds, one file per image. A run that was stopped continues; under torchrun each process takes its share."
     from dataclasses import replace
     from adcam.devices import check_precision, pick_device
-    from adcam.data import Chosen, Skipped, open_data
+    from adcam.data import open_data
     from adcam.pipeline import profiles
     from adcam.run import method_options
     from adcam.seeds import extract_dataset
@@ -371,12 +378,8 @@ def seeds(
     model = _network(network, len(ds.classes), weights, seed, coupled, cnn_weights, vit_weights).to(place)
     views = dict(scales=factors, flip=usual.flip if flip is None else flip, size_mode=size_mode or ("exact" if network == "resnet50" else usual.size_mode))
     _tell_seeds_cost(model, ds, out, method, views, options, precision, processes, only_estimate, anyway, force)
-    if only_estimate:
-        return
-    done = extract_dataset(model, ds, out, method, **views,
-                           precision=precision, processes=processes, batch=batch, workers=workers, force=force, **options)
-    typer.echo(f"{done['computed']} seeds computed, {done['cached']} were there: {out}")
-    _tell(Chosen(ds, [Skipped(*s) for s in done["skipped"]], done["unlabeled"], len(ds)))
+    if not only_estimate:
+        _tell_seeds(ds, out, extract_dataset(model, ds, out, method, **views, precision=precision, processes=processes, batch=batch, workers=workers, force=force, **options))
 
 # %% ../nbs/14_cli.ipynb #eef283d5
 @app.command("seeds-check")
@@ -590,6 +593,16 @@ def _tell_learned(model, ds, on: str = "that it has learned from") -> None:
     if text := warning(found):
         typer.echo(f"warning: {text}", err=True)
 
+def _start_from(model, start: Optional[Path]) -> None:
+    "Pre-trained weights, if a file was named; says which heads are new."
+    from adcam import conformer
+    if start is None:
+        return
+    _only_conformer(model, "--start")
+    left = conformer.load_pretrained(model, start)
+    typer.echo(f"started from {start}" + (f"; new: {', '.join(left)}" if left else ""))
+
+# %% ../nbs/14_cli.ipynb #a920e71d
 @app.command()
 def train(
     out: Annotated[Path, typer.Option(help="Folder for weights.safetensors, last.pt and log.jsonl.")],
@@ -610,17 +623,13 @@ def train(
     workers: Annotated[int, typer.Option(min=0, help="Processes that prepare views.")] = 0,
 ) -> None:
     "Train the two branches on image labels. One loss each; a run that was stopped continues."
-    from adcam import conformer
     from adcam.networks import save_trained, train_network
     from adcam.pipeline import profiles
     from adcam.run import train_config
     from adcam.seeds import launched
     usual, (ds, skipped) = profiles["mini" if data == "mini" else "voc"], _dataset(data, split, n, masks=False, workers=workers)
     total, model = len(ds) + len(skipped), _two_branches(network, len(ds.classes), cnn_weights, vit_weights, seed, stop_grad=stop_grad)
-    if start is not None:
-        _only_conformer(model, "--start")
-        left = conformer.load_pretrained(model, start)
-        typer.echo(f"started from {start}" + (f"; new: {', '.join(left)}" if left else ""))
+    _start_from(model, start)
     ds, judged, on = _kept_back(ds, hold_out)
     given = {n: v for n, v in dict(epochs=epochs, batch=batch, crop=crop).items() if v is not None}
     rank, several = launched()
@@ -869,6 +878,31 @@ def irnet_masks(
     _done(done, "masks", out)
     _tell(picked.also(done["skipped"]))
 
+# %% ../nbs/14_cli.ipynb #b6ee00ea
+def _pairs_of_files(images: Path, masks: Path) -> list:
+    "Photographs and the mask of each, by name."
+    for path, what in ((images, "photograph"), (masks, "mask")):
+        if not path.exists():
+            raise ValueError(f"{path} does not exist: give a {what} or a folder of {what}s")
+    files = [images] if images.is_file() else sorted(p for p in images.iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    if not files:
+        raise ValueError(f"no .jpg or .png in {images}")
+    return [(f, masks if masks.is_file() else masks / f"{f.stem}.png") for f in files]
+
+def _refined(file: Path, mask: Path, **options):
+    "One mask through the CRF, as a palette picture."
+    from PIL import Image
+    from adcam.crf import refine_labels
+    from adcam.data import read_image, read_mask
+    from adcam.viz import palette
+    image = read_image(file)
+    labels = read_mask(mask, 254, image.shape[:2])  # any class number
+    if not (labels[labels > 0] < 255).any() and (labels == 255).any():
+        raise ValueError(f"mask {mask} holds only 0 and 255, which is background and unknown here; write class numbers, 0 and 1 for one class")
+    refined = Image.fromarray(refine_labels(labels, image, **options))
+    refined.putpalette(palette().tobytes())
+    return refined
+
 # %% ../nbs/14_cli.ipynb #0c809997
 @app.command()
 def crf(
@@ -882,46 +916,30 @@ def crf(
 ) -> None:
     "Refine masks by the fully connected CRF; finished files are skipped."
     import adcam.crf as c
-    from adcam.data import Skipped, read_image, read_mask
+    from adcam.data import Skipped
     from adcam.devices import pick_device
     from adcam.files import at_work, atomic_write, why_left_out
-    from adcam.viz import palette
-    from PIL import Image
-
-    place, presets = pick_device(device), dict(irn=c.IRN, psa=c.PSA, deeplab=c.DEEPLAB, getam=c.GETAM)
+    place, presets, left_out = pick_device(device), dict(irn=c.IRN, psa=c.PSA, deeplab=c.DEEPLAB, getam=c.GETAM), []
     if preset not in presets:
         raise ValueError(f"unknown preset {preset!r}; choose one of {', '.join(presets)}")
-    if not images.exists():
-        raise ValueError(f"{images} does not exist: give a photograph or a folder of photographs")
-    files = [images] if images.is_file() else sorted(p for p in images.iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
-    if not files:
-        raise ValueError(f"no .jpg or .png in {images}")
-    if not masks.exists():
-        raise ValueError(f"{masks} does not exist: give a mask or a folder of masks")
-    left_out = []
+    pairs = _pairs_of_files(images, masks)
     with at_work(out):
-        for n, file in enumerate(files, 1):
+        for n, (file, mask) in enumerate(pairs, 1):
             target = out / f"{file.stem}.png"
             if target.exists():
                 continue
-            mask = masks if masks.is_file() else masks / f"{file.stem}.png"
             try:
-                image = read_image(file)
-                labels = read_mask(mask, 254, image.shape[:2])  # any class number
-                if not (labels[labels > 0] < 255).any() and (labels == 255).any():
-                    raise ValueError(f"mask {mask} holds only 0 and 255, which is background and unknown here; write class numbers, 0 and 1 for one class")
-                refined = Image.fromarray(c.refine_labels(labels, image, gt_prob, device=place, backend=backend, **presets[preset]))
+                refined = _refined(file, mask, gt_prob=gt_prob, device=place, backend=backend, **presets[preset])
             except (ValueError, OSError) as e:
                 left_out.append(Skipped(file.name, why_left_out(e)))
                 continue
-            refined.putpalette(palette().tobytes())
             atomic_write(target, lambda f: refined.save(f, "PNG"))  # noqa: B023, called at once
-            typer.echo(f"{n}/{len(files)} {target}")
-    if len(files) == 1 and left_out:
+            typer.echo(f"{n}/{len(pairs)} {target}")
+    if len(pairs) == 1 and left_out:
         raise ValueError(left_out[0].reason)
-    if len(left_out) == len(files):
-        raise ValueError(f"none of the {len(files)} masks could be refined. The first: {left_out[0].reason}")
-    _tell_skipped(left_out, len(files))
+    if len(left_out) == len(pairs):
+        raise ValueError(f"none of the {len(pairs)} masks could be refined. The first: {left_out[0].reason}")
+    _tell_skipped(left_out, len(pairs))
 
 # %% ../nbs/14_cli.ipynb #98756b3e
 segment_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Train a segmentation network on masks, predict with it.")
@@ -973,6 +991,12 @@ def _ground_truth(sample):
         raise ValueError(f"image {sample.id} has no mask; name a folder of masks by --masks")
     return sample.mask
 
+def _tell_history(name: str, history: list, val: Optional[str], out: Path) -> None:
+    "What a training of a segmentation network has come to."
+    best = max((r["miou"] for r in history if "miou" in r), default=None)
+    typer.echo(f"{name}: {len(history)} iterations, loss {history[0]['loss']:.3f} -> {history[-1]['loss']:.3f}" + (f", best mIoU on {val} {100*best:.1f}" if best is not None else ""))
+    typer.echo(f"wrote {out / 'weights.safetensors'}")
+
 # %% ../nbs/14_cli.ipynb #a85cea87
 @segment_app.command("train")
 def segment_train(
@@ -1012,9 +1036,7 @@ def segment_train(
     history = train_segmentation(net, ds, masks if masks is not None else _ground_truth, config, out, resume=not restart, force=force, progress=sys.stderr.isatty(), device=device,
                                  val=None if val is None else _images(data, val, val_n, masks=True, decode=True, workers=workers).ds)
     if launched()[0] == 0:
-        best = max((r["miou"] for r in history if "miou" in r), default=None)
-        typer.echo(f"{usual.segmentation}: {len(history)} iterations, loss {history[0]['loss']:.3f} -> {history[-1]['loss']:.3f}" + (f", best mIoU on {val} {100*best:.1f}" if best is not None else ""))
-        typer.echo(f"wrote {out / 'weights.safetensors'}")
+        _tell_history(usual.segmentation, history, val, out)
     _tell(picked)
 
 # %% ../nbs/14_cli.ipynb #f3744633
@@ -1063,6 +1085,16 @@ def _budget(only: bool, anyway: bool) -> str:
     "What `adcam.run.run` is to do with the estimate."
     return "only" if only else "tell" if anyway else "check"
 
+def _profile_of(name: str, data: Optional[str]):
+    "A profile, and the data that it needs."
+    from adcam.pipeline import profiles
+    if name not in profiles:
+        raise ValueError(f"no profile {name!r}; there are {', '.join(profiles)}")
+    if data is None and name != "mini":
+        raise ValueError(f"the profile {name} needs --data DIR; `adcam data get {'coco2014' if name == 'coco' else 'voc2012'} DIR` fetches it")
+    return profiles[name], data or "mini"
+
+# %% ../nbs/14_cli.ipynb #65c698fc
 @app.command("run")
 def whole_run(
     out: Annotated[Path, typer.Option(help="Folder of the run; give the same one to continue.")],
@@ -1088,14 +1120,10 @@ def whole_run(
     only_estimate: OnlyEstimate = False, anyway: Anyway = False,
 ) -> None:
     "From images with labels to pseudo masks, or to predictions. Every stage of the package; a run that was stopped continues."
-    from adcam.pipeline import profiles
     from adcam.run import override, run as all_stages, with_network
-    if profile not in profiles:
-        raise ValueError(f"no profile {profile!r}; there are {', '.join(profiles)}")
-    if data is None and profile != "mini":
-        raise ValueError(f"the profile {profile} needs --data DIR; `adcam data get {'coco2014' if profile == 'coco' else 'voc2012'} DIR` fetches it")
+    usual, data = _profile_of(profile, data)
     changes = [*(with_network(network) if network else ()), *(change or [])]
-    done = all_stages(override(profiles[profile], changes), data or "mini", out, method=method, limit=limit, weights=weights, trained=trained, resnet=resnet, cnn_weights=cnn_weights, vit_weights=vit_weights,
+    done = all_stages(override(usual, changes), data, out, method=method, limit=limit, weights=weights, trained=trained, resnet=resnet, cnn_weights=cnn_weights, vit_weights=vit_weights,
                       heads=heads, refine=refine, crf=crf, segment=segment, init=init, seed=seed, processes=processes, workers=workers, progress=sys.stderr.isatty(), device=device, precision=precision,
                       budget=_budget(only_estimate, anyway))
     if only_estimate:
@@ -1184,6 +1212,7 @@ def _both(network: Optional[str], cnn: str, vit: str) -> tuple:
         raise ValueError(f"--network {network}: a picture needs a pair CNN+VIT; or name --cnn and --vit, or a trained network by --weights")
     return what.cnn, what.vit
 
+# %% ../nbs/14_cli.ipynb #52a50e76
 def _own_network(weights: Path, cnn: Optional[Path], vit: Optional[Path], network: Optional[str], names: Optional[list]) -> tuple:
     "A trained network and the names of its classes, as far as they are known."
     from adcam.networks import build_network, network_settings, open_network
@@ -1261,6 +1290,13 @@ def _ending(found, methods: list, several: bool) -> None:
     rule = "Otsu's, from each map alone" + ("" if several else ": " + ", ".join(f"{m} {found.cut(m):.2f}" for m in methods)) if found.threshold == "auto" else f"{found.threshold:g}"
     typer.echo(f"settings{' of the last' if several else ''}: " + ", ".join(f"{name} {value}" for name, value in found.settings.items()) + f", threshold {rule}")
 
+def _overlays(out: Optional[Path], several: bool) -> Path:
+    "Where pictures go: a file for one photograph, a folder for several."
+    out = out or Path("overlays" if several else "overlay.png")
+    if several and out.suffix.lower() in (".png", ".jpg", ".jpeg", ".pdf", ".svg"):
+        raise ValueError(f"--out {out} is one picture, and there are several photographs: name a folder")
+    return out
+
 # %% ../nbs/14_cli.ipynb #53a9105a
 def _explain_all(pictures: list, folders: bool, out: Optional[Path], ask: dict, masks: Optional[Path], maps: Optional[Path], max_pixels: int, device: str) -> None:
     "Explain one picture after the other; those that cannot be read are told at the end."
@@ -1270,9 +1306,7 @@ def _explain_all(pictures: list, folders: bool, out: Optional[Path], ask: dict, 
     from adcam.photo import explain as run, number_classes, read_photo, save_masks
     from adcam.progress import tqdm
     several = folders or len(pictures) > 1
-    out = out or Path("overlays" if several else "overlay.png")
-    if several and out.suffix.lower() in (".png", ".jpg", ".jpeg", ".pdf", ".svg"):
-        raise ValueError(f"--out {out} is one picture, and there are several photographs: name a folder")
+    out = _overlays(out, several)
     place = None if device == "auto" else pick_device(device)
     if "model" in ask:
         ask["model"].to(pick_device(device))
@@ -1355,6 +1389,7 @@ def _paper_notebook(name: str) -> Path:
     raise ValueError(f"no notebook {name!r}; " + (f"there are {', '.join(there)}" if there else
                      f"none are installed ({folder} has none): run this in a clone of the repository, or install a wheel that was built from one"))
 
+# %% ../nbs/14_cli.ipynb #22cc11f7
 def _config(notebook: Path, file: Optional[Path], full: bool) -> Optional[Path]:
     "The file of parameters: as it is named, or of that name beside the notebooks."
     beside = notebook.parent.parent.parent / "configs"
@@ -1490,6 +1525,7 @@ class _Cells:
         return len(text)
     def flush(self) -> None: pass
 
+# %% ../nbs/14_cli.ipynb #09950c14
 def _execute(notebook: Path, target: Path, given: dict) -> None:
     "papermill, with its progress at the terminal, and a failing cell reported in words."
     import time

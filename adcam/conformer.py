@@ -450,6 +450,7 @@ def forward(self:Conformer,
     "Logits of the two branches"
     return self.heads(*self.features(x))
 
+# %% ../nbs/03_conformer.ipynb #cc83bd4c
 @patch
 def maps(self:Conformer,
          x:Tensor, # (B,3,H,W) normalized images

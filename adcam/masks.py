@@ -134,6 +134,7 @@ def _fit(size: tuple[int, int], long: int | None) -> tuple[int, int]:
     zoom = 1. if long is None else min(1., long / max(size))
     return tuple(max(1, round(n * zoom)) for n in size)
 
+# %% ../nbs/13h_masks.ipynb #2def048e
 class Photographs:
     "A data set whose images are at most so large; a part of its classes"
     has_labels = True

@@ -563,10 +563,10 @@ def estimate(
 # %% ../nbs/13b_run.ipynb #c0a5e009
 BUDGETS = ("off", "tell", "check", "only")
 
-def _tell_cost(p, ds, out, budget, method, weights, trained, heads, seed, cnn_weights, vit_weights, refine, crf, backbone, processes, device, precision, segment, limit, lower) -> None:
-    "Print what the run will cost; a `MemoryError` stops one that is too large. A run that has all its seeds is not probed again"
-    todo = [i for i, name in enumerate(ds.ids) if not (out / "seeds" / f"{name}.npz").exists()]
-    if not todo: return
+def _tell_cost(p, ds, out, budget, method, weights, trained, heads, seed, cnn_weights, vit_weights, refine, crf, backbone, processes, device, precision, segment, limit, lower) -> bool:
+    "Print what the run will cost; a `MemoryError` stops one that is too large. A run that has all its seeds is not probed again. Was that all that was asked?"
+    todo = [] if budget == "off" else [i for i, name in enumerate(ds.ids) if not (out / "seeds" / f"{name}.npz").exists()]
+    if not todo: return budget == "only"
     ready = not heads and (trained is not None or p.dataset == "scenes" and weights is None)
     with contextlib.redirect_stderr(io.StringIO()): net = trained if isinstance(trained, nn.Module) else _start(p, weights, seed, cnn_weights, vit_weights)   # the run itself warns
     finished = (out / "classifier" / "weights.safetensors").is_file()
@@ -577,6 +577,58 @@ def _tell_cost(p, ds, out, budget, method, weights, trained, heads, seed, cnn_we
         views = config.batch * config.iterations if limit is None else min(LOOKS * len(ds), config.batch * config.iterations)
         found.costs.append(_training_cost("segmentation", net, config.crop, views, -(-config.batch // config.accumulate)))
     print(approve(found, anyway=budget != "check"))
+    return budget == "only"
+
+# %% ../nbs/13b_run.ipynb #85c11962
+def _check_call(budget: str, refine: str, device: str, precision: str) -> torch.device:
+    "Refuse what cannot work; where the run takes place"
+    if launched()[1] > 1: raise ValueError("a whole run is one process; start it without a launcher, or launch its stages one by one (adcam train, adcam seeds)")
+    if budget not in BUDGETS: raise ValueError(f"budget is {budget!r}; choose one of {', '.join(BUDGETS)}")
+    if refine not in REFINERS: raise ValueError(f"refine is {refine!r}; choose one of {', '.join(REFINERS)}")
+    place = pick_device(device)
+    check_precision(precision, place)
+    return place
+
+def _measured(ds: Any, ids: list) -> Any:
+    "The images of `ids` that are still there; None if there are none"
+    left = set(ids) & set(ds.ids)
+    return Subset(ds, [i for i, name in enumerate(ds.ids) if name in left]) if left else None
+
+def _is_file(f: Any) -> bool: return isinstance(f, (str, Path)) and bool(f) and f != "timm"
+
+def _record(log: _Log, out: Path, unlabeled: list, p: Profile, data: Any, ds: Any, seed: int, start: float, files: list, **settings) -> None:
+    "run.json: the rows, and where the numbers come from"
+    name = Path(data).name if isinstance(data, (str, Path)) else getattr(data, "name", type(data).__name__)
+    origin = provenance(seeds=[seed], settings=asdict(p) | dict(data=name) | settings, data=dict(train=ds.fingerprint()), seconds=time.perf_counter() - start, checkpoints=[f for f in files if _is_file(f)])
+    save_result("run", log.rows, out, origin, skipped=[s._asdict() for s in log.skipped], unlabeled=unlabeled)
+
+# %% ../nbs/13b_run.ipynb #b7953828
+def _data_stage(p: Profile, data: Any, limit: int | None, workers: int) -> tuple[RunData, str]:
+    "The images, and whether labels and masks agree where there are both"
+    d = run_data(p, data, limit, workers)
+    if not (isinstance(data, str) and data == "mini") and (shown := _measured(d.train, d.measured)): check_agreement(shown)
+    return d, f"{len(d.train)} to work on, {len(d.measured)} to measure, {len(d.skipped)} unreadable, {len(d.unlabeled)} without a class"
+
+def _seeds(log: _Log, p: Profile, net: nn.Module, ds: Any, out: Path, measured: list, method: str, processes: int, progress: bool, device: str, precision: str) -> Any:
+    "Seeds and their score; the images that have one"
+    ds = log.rest(ds, log.stage("seeds", len(ds), lambda: seed_stage(p, net, ds, out, method, processes, progress, device, precision))["skipped"])
+    shown = _measured(ds, measured)
+    for row in score_seeds(shown, out / "seeds", p.thresholds) if shown else (): log.score("seed scores", f"threshold {row['t']:.2f}, {row['rule']}, no CRF", row)
+    return ds
+
+def _masks(log: _Log, p: Profile, ds: Any, out: Path, measured: list, refine: str, crf: bool, backbone: Any, seed: int, processes: int, workers: int, progress: bool, device: str, precision: str, force: bool) -> Any:
+    "Masks from seeds, with a CRF if wanted, and their scores; the images that have one"
+    def counted(work, *a, **k):
+        done = work(*a, processes=processes, progress=progress, **k)
+        return done["skipped"], f"{done['computed']} computed, {done['cached']} were there"
+    def score(folder, how):
+        if (shown := _measured(ds, measured)) and (row := score_masks(shown, out / folder)): log.score("mask scores", how, row)
+    ds, how = REFINERS[refine](log, counted, p, ds, out, backbone, seed, workers, progress, device, precision, force=force)
+    score("pseudo_masks", f"{how}, no CRF")
+    if crf:
+        ds = log.rest(ds, log.stage("CRF", len(ds), lambda: counted(smooth_masks, ds, out, device=pick_device(device), force=force)))
+        score("crf_masks", f"{how}, with CRF")
+    return ds
 
 # %% ../nbs/13b_run.ipynb #78810159
 @one_at_a_time()
@@ -608,30 +660,14 @@ def run(
     lower: str = "--set scales, --set crop or --processes", # what to lower then
 ) -> RunResult:
     "The paper's pipeline from image labels to pseudo masks or predictions. Repeat the same call to continue."
-    if launched()[1] > 1: raise ValueError("a whole run is one process; start it without a launcher, or launch its stages one by one (adcam train, adcam seeds)")
-    if budget not in BUDGETS: raise ValueError(f"budget is {budget!r}; choose one of {', '.join(BUDGETS)}")
-    if refine not in REFINERS: raise ValueError(f"refine is {refine!r}; choose one of {', '.join(REFINERS)}")
-    place = pick_device(device)
-    check_precision(precision, place)
+    place = _check_call(budget, refine, device, precision)
     p, out, log, start = profile, Path(out), _Log(), time.perf_counter()
-    d = log.stage("data", None, lambda: ((x := run_data(p, data, limit, workers)), f"{len(x.train)} to work on, {len(x.measured)} to measure, {len(x.skipped)} unreadable, {len(x.unlabeled)} without a class"))
-    ds, n, log.skipped = d.train, len(d.train), list(d.skipped)
-    shown = lambda: Subset(ds, [i for i, name in enumerate(ds.ids) if name in measured]) if (measured := set(d.measured) & set(ds.ids)) else None
-    if not (isinstance(data, str) and data == "mini") and shown(): check_agreement(shown())
-    backbone = cnn_weights if is_pair(p) else resnet
-    if budget != "off": _tell_cost(p, ds, out, budget, method, weights, trained, heads, seed, cnn_weights, vit_weights, refine, crf, backbone, processes, device, precision, segment, limit, lower)
-    if budget == "only": return RunResult(log.rows, log.skipped, d.unlabeled, n + len(d.skipped))
+    d = log.stage("data", None, lambda: _data_stage(p, data, limit, workers))
+    ds, n, log.skipped, backbone = d.train, len(d.train), list(d.skipped), cnn_weights if is_pair(p) else resnet
+    if _tell_cost(p, ds, out, budget, method, weights, trained, heads, seed, cnn_weights, vit_weights, refine, crf, backbone, processes, device, precision, segment, limit, lower): return RunResult(log.rows, log.skipped, d.unlabeled, n + len(d.skipped))
     net = log.stage("classifier", n, lambda: classifier_stage(p, ds, out, weights, trained, seed, workers, progress, device, precision, cnn_weights, vit_weights, heads))
-    ds = log.rest(ds, log.stage("seeds", n, lambda: seed_stage(p, net, ds, out, method, processes, progress, device, precision))["skipped"])
-    for row in score_seeds(shown(), out / "seeds", p.thresholds) if shown() else (): log.score("seed scores", f"threshold {row['t']:.2f}, {row['rule']}, no CRF", row)
-    counted = lambda f, *a, **k: (lambda c: (c["skipped"], f"{c['computed']} computed, {c['cached']} were there"))(f(*a, processes=processes, progress=progress, **k))
-    ds, how = REFINERS[refine](log, counted, p, ds, out, backbone, seed, workers, progress, device, precision, force=force)
-    if shown() and (row := score_masks(shown(), out / "pseudo_masks")): log.score("mask scores", f"{how}, no CRF", row)
-    if crf:
-        ds = log.rest(ds, log.stage("CRF", len(ds), lambda: counted(smooth_masks, ds, out, device=place, force=force)))
-        if shown() and (row := score_masks(shown(), out / "crf_masks")): log.score("mask scores", f"{how}, with CRF", row)
+    ds = _seeds(log, p, net, ds, out, d.measured, method, processes, progress, device, precision)
+    ds = _masks(log, p, ds, out, d.measured, refine, crf, backbone, seed, processes, workers, progress, device, precision, force)
     if segment: _segment(log, p, data, ds, out, limit, (init or cnn_weights) if is_pair(p) else init, seed, processes, progress, device, precision)
-    origin = provenance(seeds=[seed], settings=asdict(p) | dict(method=method, refine=refine, crf=crf, heads=heads, data=Path(data).name if isinstance(data, (str, Path)) else getattr(data, "name", type(data).__name__), limit=limit, **numerics(place, precision)), data=dict(train=ds.fingerprint()), seconds=time.perf_counter() - start,
-                        checkpoints=[f for f in (weights, trained, resnet, init, cnn_weights, vit_weights) if isinstance(f, (str, Path)) and f and f != "timm"])
-    save_result("run", log.rows, out, origin, skipped=[s._asdict() for s in log.skipped], unlabeled=d.unlabeled)
+    _record(log, out, d.unlabeled, p, data, ds, seed, start, [weights, trained, resnet, init, cnn_weights, vit_weights], method=method, refine=refine, crf=crf, heads=heads, limit=limit, **numerics(place, precision))
     return RunResult(log.rows, log.skipped, d.unlabeled, n + len(d.skipped))

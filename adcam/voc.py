@@ -79,6 +79,7 @@ def shared_maps(
     rest = [p.class_maps(x) for p in pairs[1:]]
     return torch.cat([first.cam, *(c for c, _ in rest)]), first.attn, torch.cat([first.conv_logits, *(l for _, l in rest)])
 
+# %% ../nbs/13e_voc.ipynb #be4a32de
 def block_means(
     attn: Tensor,                # (1,L,1+N,1+N)
 ) -> list[tuple[Tensor, int]]:   # of BLOCKS: (1,1,1+N,1+N), and of how many blocks it is the mean
@@ -179,6 +180,7 @@ class _Clock:
         self.spent[part] = self.spent.get(part, 0.) + now - self.last
         self.last = now
 
+# %% ../nbs/13e_voc.ipynb #4ceb978f
 class _Sums:
     "Running sums of a chunk of photographs; B choices of blocks, P points, S networks, K classes, T thresholds"
     def __init__(self, plan: Plan, S: int, K: int, device, at: np.ndarray | None):
@@ -224,6 +226,7 @@ def _keep(sums: _Sums, sample: Any, logits: Tensor, index: Tensor, seen: list, t
         full[..., index.cpu().numpy()] = torch.stack([s[i] for s in seen]).cpu().numpy()
         each[name].append(full)
 
+# %% ../nbs/13e_voc.ipynb #45100c64
 def _arrays(sums: _Sums) -> dict[str, np.ndarray]:
     "A chunk's sums as arrays"
     out = dict(tp=sums.tp.cpu().numpy().astype(np.int32), pred=sums.pred.cpu().numpy().astype(np.int32), gt=sums.gt)
@@ -266,6 +269,7 @@ def _open(source: Source, plan: Plan, device: str, threads: int) -> None:
     where = pick_device(device)
     _job.update(pairs=source.pairs(where), plan=plan, device=where)
 
+# %% ../nbs/13e_voc.ipynb #223a2d60
 def _chunk(ds: Any, indices: list[int], at: np.ndarray | None, path: Path, until: float) -> float:
     "Count some photographs into a file, unless the time is up; CPU seconds"
     if time.monotonic() > until: return 0.
@@ -366,6 +370,7 @@ def merge_chunks(
             else: total[n] = np.concatenate([total[n], v]) if n.startswith("each_") else total[n] + v
     return total
 
+# %% ../nbs/13e_voc.ipynb #f4149ebc
 def best_thresholds(
     counts: dict[str, np.ndarray],  # of a list
 ) -> np.ndarray:                    # (B,P,S) index of the threshold with the highest mIoU, of equal ones the lowest
@@ -405,6 +410,7 @@ class Counts(NamedTuple):
         "What was measured"
         return as_plan(self.about["plan"])
 
+# %% ../nbs/13e_voc.ipynb #53ec2678
 def load_counts(
     folder: str | Path,      # of `<state>-<list>.npz`
 ) -> list[Counts]:           # frozen first; of each state the reported list first
@@ -429,6 +435,7 @@ def other_list(
     rest = [o for o in found if o.state == c.state and o.split != c.split and o.about["plan"] == c.about["plan"] and o.about["source"] == c.about["source"]]
     return rest[0] if rest else None
 
+# %% ../nbs/13e_voc.ipynb #51e8550c
 def counts_rows(
     found: list[Counts],  # from `load_counts`
 ) -> list[dict]:          # rows of `list_rows`, with the state of the ViT as `vit`
@@ -436,6 +443,7 @@ def counts_rows(
     pairs = [(c, other_list(found, c)) for c in found]
     return [r for c, o in pairs for r in list_rows(c.arrays, o and o.arrays, c.plan, c.split, c.about["seeds"], vit=c.state)]
 
+# %% ../nbs/13e_voc.ipynb #8ebb8c3e
 def ledger(
     found: list[Counts],  # from `load_counts`
 ) -> list[dict]:          # branch, network, weights, saw
@@ -462,6 +470,7 @@ def photograph_rows(
                              iou=int(t) / union, fp_pixels=int(pred[b, r]) - int(t), fn_pixels=gt - int(t), gt_pixels=gt))
     return rows
 
+# %% ../nbs/13e_voc.ipynb #1175a4e0
 def median_photographs(
     rows: list[dict],          # from `photograph_rows`
     classes: list[str],        # names of classes
@@ -493,6 +502,7 @@ def recipe(
     "Training settings on VOC: the paper's, with crops of 28 tokens"
     return TrainConfig(**dict(epochs=5, batch=16, crop=392, resize=(320, 640), mixed_precision="bf16" if device.startswith("cuda") else "fp32") | changes)
 
+# %% ../nbs/13e_voc.ipynb #d1be209a
 def train_one(
     source: Source,         # networks to start from
     ds: Any,                # images and labels

@@ -34,6 +34,7 @@ class Row(NamedTuple):
     @property
     def folder(self) -> str: return "".join(c if c.isalnum() else "_" for c in self.name)
 
+# %% ../nbs/13f_voc_masks.ipynb #794d5e8e
 def table_rows(
     k: int = 50,     # neighbors of AD-CAM
     T: int = 2,      # steps
@@ -42,6 +43,7 @@ def table_rows(
     return [Row("CAM", Point("cam"), "all"), Row("AD-CAM, pull", Point("ad_cam", k, T, "pull"), "half"), Row("Att-Diffu only, pull", Point("att_diffu", 0, T, "pull"), "half"),
             Row("AD-CAM, push", Point("ad_cam", k, T, "push"), "half"), Row("TransCAM", Point("trans_cam", 0, 1, "pull"), "half"), Row("TS-CAM", Point("ts_cam"), "half")]
 
+# %% ../nbs/13f_voc_masks.ipynb #2a663b75
 def label_thresholds(
     t: float,               # best threshold of the seeds, on images that are not reported
 ) -> tuple[float, float]:   # (fg, bg), 0 < bg <= fg < 1
@@ -61,6 +63,7 @@ def _pair():
     if _job["pair"] is None: _job["pair"] = _job["source"].pairs(_job["device"])[0]
     return _job["pair"]
 
+# %% ../nbs/13f_voc_masks.ipynb #b90a62e3
 @torch.no_grad()
 def _maps_of(sample: Any) -> dict:
     "Maps (n,h,w) of every row, divided by their maximum"
@@ -115,6 +118,7 @@ class Pool:
             return done
         return sum(f.result() for f in as_completed([self.pool.submit(_in_time, job, c, until) for c in calls]))
 
+# %% ../nbs/13f_voc_masks.ipynb #2bf230c9
 def _in_time(job: Any, call: tuple, until: float) -> int:
     "1 if the job was done, 0 if it was too late for it"
     if time.monotonic() > until: return 0
@@ -126,6 +130,7 @@ def chunks(n: int, size: int) -> list[list[int]]:
     "0..n-1 in lists of `size`"
     return [list(range(a, min(a + size, n))) for a in range(0, n, size)]
 
+# %% ../nbs/13f_voc_masks.ipynb #4a1cd499
 def make_seeds(
     pool: Pool,                # open
     lists: dict[str, Any],     # {name: photographs}; labels are made of the first
@@ -149,6 +154,7 @@ def boundary_network(
     "IRNet on the stages of the pair's CNN"
     return IRNet(CnnStages(source.network.split("+")[0], source.cnn_weights or None), displacement=False)
 
+# %% ../nbs/13f_voc_masks.ipynb #e4835cb8
 def train_boundaries(
     source: Source,        # of the pair
     ds: Any,               # photographs that labels were made of
@@ -173,6 +179,7 @@ def _boundaries(name: str) -> IRNet:
     if name not in _job["irnet"]: _job["irnet"][name] = load_irnet(boundary_network(_job["source"]), _job["work"] / "irnet" / f"{name}.safetensors").to(_job["device"]).eval()
     return _job["irnet"][name]
 
+# %% ../nbs/13f_voc_masks.ipynb #f5cb670b
 @torch.no_grad()
 def _walk_chunk(ds: Any, indices: list[int], seeds: Path, thresholds: tuple, exp_times: int, path: Path) -> float:
     "Walk the maps of some photographs, count them, and keep the walked maps"
@@ -252,6 +259,7 @@ def segmentation_network(
         def forward(self, x): return self.aspp(self.backbone(x)[-1])
     return MultiScale(LastStage(), num_classes, scales=(), preprocess=to_tensor)
 
+# %% ../nbs/13f_voc_masks.ipynb #25113d6b
 def segment(
     source: Source,          # of the pair
     lists: dict[str, Any],   # the first is learned from, the second predicted

@@ -127,20 +127,31 @@ def test_golden_climb_minimizes_the_reference_loss(climbs, g08):
         assert float(ours) == pytest.approx(-want["loss"], rel=1e-4, abs=0.1)
 
 
-def test_golden_counts(g08):
-    "Positive positions of every class over the pair, positive weights of the class, and the largest value of a region"
-    net, x, _, log = g08
-    with torch.no_grad(): z = net.maps(torch.cat([x, x.flip(-1)])).cam                # (2,20,5,6)
-    assert list(z.shape) == log["out_shape"]
-    assert (z > 0).sum((0, 2, 3)).tolist() == log["npos_all"]
-    positive = (class_weights(net) > 0).sum(1)
-    first = log["advcam"][0]
-    assert int(positive[C]) == first["P_c"]
-    assert (z[:, C] > 0).sum((1, 2)).tolist() == first["n_pos_positions"]
-    each = regions(z[:, None].transpose(0, 1), torch.tensor([C]), positive)           # picture + mirror image, turned back
-    one = z[:, C].relu() * .5 / positive[C]                                           # all positions positive: n_b is half of all
+@pytest.fixture(scope="module")
+def scores(g08):
+    "Scores of the pair, picture and mirror image: (2,20,5,6)"
+    net, x, _, _ = g08
+    with torch.no_grad(): return net.maps(torch.cat([x, x.flip(-1)])).cam
+
+
+def test_golden_number_of_positive_positions(g08, scores):
+    log = g08[3]
+    assert list(scores.shape) == log["out_shape"]
+    assert (scores > 0).sum((0, 2, 3)).tolist() == log["npos_all"]
+    assert (scores[:, C] > 0).sum((1, 2)).tolist() == log["advcam"][0]["n_pos_positions"]
+
+
+def test_golden_number_of_positive_weights(g08):
+    assert int((class_weights(g08[0])[C] > 0).sum()) == g08[3]["advcam"][0]["P_c"]
+
+
+def test_golden_regions_where_all_positions_are_positive(g08, scores):
+    "Then half of all are positive, and the mirror image comes back turned"
+    positive = (class_weights(g08[0]) > 0).sum(1)
+    each = regions(scores[:, None].transpose(0, 1), torch.tensor([C]), positive)
+    one = scores[:, C].relu() * .5 / positive[C]
     assert torch.allclose(each[0], one[0] + one[1].flip(-1), atol=1e-8)
-    assert float(one.max()) == pytest.approx(first["raw_max"], rel=1e-4)
+    assert float(one.max()) == pytest.approx(g08[3]["advcam"][0]["raw_max"], rel=1e-4)
 
 
 def test_golden_closed_form_error(g08):

@@ -397,24 +397,47 @@ def test_group_maps_bad_index():
     with pytest.raises(ValueError, match="top=0"): group_maps(torch.zeros(1, 5, 2, 2), [(1,)], 0)
 
 
-def test_seeds_pickling_and_heads():
-    "The rest of the package takes a TwoBranch: multi-scale seeds, worker processes, heads on stored features, bfloat16"
-    import pickle
+@pytest.fixture(scope="module")
+def with_heads():
+    "A pair whose heads have learned, scenes, the losses, and the weights before"
     from adcam.classifier import HeadsConfig, train_heads
     from adcam.scenes import Scenes
-    from adcam.seeds import extract, model_fingerprint
     ds = Scenes("train", 12, 64)
     torch.manual_seed(0)
     net = TwoBranch("test_resnet", "vit_small_patch14_reg4_dinov2", 10, depth=1, embed_dim=48, num_heads=2, img_size=56)
     before = {n: p.detach().clone() for n, p in net.named_parameters()}
-    history = train_heads(net, ds, HeadsConfig(steps=15), progress=False)
+    return net, ds, train_heads(net, ds, HeadsConfig(steps=15), progress=False), before
+
+
+OF_SEEDS = dict(method="ad_cam", scales=(1., 1.5), flip=True, k=4, steps=1, clip_k=True)
+
+
+def test_heads_learn_and_nothing_else_does(with_heads):
+    net, _, history, before = with_heads
     assert history[-1]["loss"] < history[0]["loss"]
     assert {n.split(".")[0] for n, p in net.named_parameters() if not torch.equal(p, before[n])} == {"conv_cls_head", "trans_cls_head"}
-    again = pickle.loads(pickle.dumps(net.eval()))
+
+
+def test_a_pickled_pair_makes_the_same_seeds(with_heads):
+    import pickle
+    from adcam.seeds import extract, model_fingerprint
+    net, ds = with_heads[0].eval(), with_heads[1]
+    again = pickle.loads(pickle.dumps(net))
     assert model_fingerprint(again) == model_fingerprint(net)
-    options = dict(method="ad_cam", scales=(1., 1.5), flip=True, k=4, steps=1, clip_k=True)
-    a, b = (extract(m, ds[0].image, ds[0].label, **options) for m in (net, again))
-    assert a.high_res.shape == (len(a.keys), 64, 64) and (a.high_res == b.high_res).all()
-    assert extract(net, ds[0].image[:50], ds[0].label, size_mode="pad", k=4, steps=1, clip_k=True).high_res.shape[1:] == (50, 64)
-    half = extract(net, ds[0].image, ds[0].label, precision="bf16", **options)
-    assert abs(half.high_res - a.high_res).mean() < .1
+    a, b = (extract(m, ds[0].image, ds[0].label, **OF_SEEDS) for m in (net, again))
+    assert (a.high_res == b.high_res).all()
+
+
+@pytest.mark.parametrize("rows,options", [(64, OF_SEEDS), (50, dict(size_mode="pad", k=4, steps=1, clip_k=True))])
+def test_seeds_of_a_pair_have_the_size_of_the_picture(with_heads, rows, options):
+    from adcam.seeds import extract
+    net, ds = with_heads[0].eval(), with_heads[1]
+    seed = extract(net, ds[0].image[:rows], ds[0].label, **options)
+    assert seed.high_res.shape == (len(seed.keys), rows, 64)
+
+
+def test_seeds_of_a_pair_in_bfloat16_are_close(with_heads):
+    from adcam.seeds import extract
+    net, ds = with_heads[0].eval(), with_heads[1]
+    full, half = (extract(net, ds[0].image, ds[0].label, precision=p, **OF_SEEDS) for p in ("fp32", "bf16"))
+    assert abs(half.high_res - full.high_res).mean() < .1

@@ -368,16 +368,32 @@ def test_auc_equals_scipy_ranks(seed):
     assert same_object_auc(A, label).item() == pytest.approx(np.mean(want), abs=1e-12)
 
 
-def test_auc_extremes_and_received():
-    label = torch.tensor([1, 1, 1, 0, 0, 0])
-    know = (label[:, None] == label).double()
-    assert same_object_auc(know, label).item() == 1 and same_object_auc(1 - know, label).item() == 0
-    assert same_object_auc(torch.ones(6, 6), label).item() == .5
-    assert same_object_auc(torch.ones(6, 6), torch.zeros(6)).isnan() and same_object_auc(torch.ones(6, 6), torch.ones(6)).isnan()
+HALF = torch.tensor([1, 1, 1, 0, 0, 0])
+
+
+def test_auc_of_perfect_and_of_reversed_knowledge():
+    know = (HALF[:, None] == HALF).double()
+    assert same_object_auc(know, HALF).item() == 1
+    assert same_object_auc(1 - know, HALF).item() == 0
+
+
+def test_auc_of_no_knowledge_is_a_half():
+    assert same_object_auc(torch.ones(6, 6), HALF).item() == .5
+
+
+@pytest.mark.parametrize("label", [torch.zeros(6), torch.ones(6)])
+def test_auc_without_object_or_background_is_nan(label):
+    assert same_object_auc(torch.ones(6, 6), label).isnan()
+
+
+@pytest.mark.parametrize("label", [HALF, torch.tensor([1, 1, 255, 0, 0, 255])])
+def test_attention_received_is_a_ratio_and_leaves_ignored_patches_out(label):
     A = torch.tensor([3., 3, 3, 1, 1, 1]).expand(6, 6) / 12
     assert attention_received(A, label).item() == pytest.approx(3)
-    assert attention_received(A, torch.tensor([1, 1, 255, 0, 0, 255])).item() == pytest.approx(3)
-    assert attention_received(A, torch.ones(6)).isnan()
+
+
+def test_attention_received_without_background_is_nan():
+    assert attention_received(torch.ones(6, 6) / 6, torch.ones(6)).isnan()
 
 
 def test_report():

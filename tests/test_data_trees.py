@@ -556,19 +556,38 @@ def test_training_opens_no_mask(own):
     assert np.array_equal(weak_of(ds, 4)[1], label_of(ds, 4))
 
 
-def test_open_data(own, coco, voc, tmp_path):
-    def opened(name, *args, **kw): return open_data(str(name), *args, **kw)
-    assert isinstance(opened("mini", "val", 3), Scenes) and len(opened("mini", "val", 3))==3
-    assert isinstance(opened(own), Folder) and opened(f"folder:{own}", n=2).ids==IDS[:2] and opened(own, n=99).ids==IDS
-    assert isinstance(opened(coco, "val", strict=False), COCO2014) and isinstance(opened(f"coco2014:{coco}", "val2014", 1, strict=False), Subset)
-    assert type(opened(voc, "train")) is VOCFolder and len(opened(f"voc:{voc}", "val"))==4
-    assert opened(voc.parent, "train", strict=False).has_labels and not opened(f"voc2012:{voc.parent.parent}", "test", strict=False).has_labels
-    with pytest.raises(FileNotFoundError, match="instead of 1,464"): opened(f"voc2012:{voc}")
-    with pytest.raises(ValueError, match="no split 'val'; make a folder per split"): opened(own, "val")
-    with pytest.raises(FileNotFoundError, match="no data nowhere; give `mini`, a folder, or KIND:FOLDER"): opened("nowhere")
-    with pytest.raises(ValueError, match="is no data set: it has neither"): opened(own/"sub dir")
+def test_open_data_knows_scenes_by_name():
+    ds = open_data("mini", "val", 3)
+    assert isinstance(ds, Scenes) and len(ds) == 3
+
+
+def test_open_data_knows_a_folder_of_photographs(own):
+    assert isinstance(open_data(str(own)), Folder)
+    assert open_data(f"folder:{own}", n=2).ids == IDS[:2]
+    assert open_data(str(own), n=99).ids == IDS
+
+
+def test_open_data_takes_masks_beside_the_photographs(own):
     save(own/"masks/a.png", np.ones((40, 60), np.uint8))
-    assert opened(own)[0].mask.all()
+    assert open_data(str(own))[0].mask.all()
+
+
+def test_open_data_knows_coco(coco):
+    assert isinstance(open_data(str(coco), "val", strict=False), COCO2014)
+    assert isinstance(open_data(f"coco2014:{coco}", "val2014", 1, strict=False), Subset)
+
+
+def test_open_data_knows_voc_from_any_of_its_folders(voc):
+    assert type(open_data(str(voc), "train")) is VOCFolder and len(open_data(f"voc:{voc}", "val")) == 4
+    assert open_data(str(voc.parent), "train", strict=False).has_labels
+    assert not open_data(f"voc2012:{voc.parent.parent}", "test", strict=False).has_labels
+
+
+def test_open_data_says_what_it_cannot_open(own, voc):
+    with pytest.raises(FileNotFoundError, match="instead of 1,464"): open_data(f"voc2012:{voc}")
+    with pytest.raises(ValueError, match="no split 'val'; make a folder per split"): open_data(str(own), "val")
+    with pytest.raises(FileNotFoundError, match="no data nowhere; give `mini`, a folder, or KIND:FOLDER"): open_data("nowhere")
+    with pytest.raises(ValueError, match="is no data set: it has neither"): open_data(str(own/"sub dir"))
 
 
 # ---- IRN's five steps

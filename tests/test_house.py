@@ -196,6 +196,15 @@ def test_module_imports_no_private_name_of_another(path):
     assert not found
 
 
+@pytest.mark.parametrize("path", [p for p in MODULES if "from fastcore.basics import patch" in p.read_text(encoding="utf-8")], ids=name_of)
+def test_patch_stays_fastcore_s_decorator(path):
+    code = "\n".join(re.sub(r"^[%!].*$", "", c.source, flags=re.M) for c in read(path).cells if c.cell_type == "code")
+    nodes = [n for top in ast.parse(code).body if not isinstance(top, (ast.ClassDef, ast.FunctionDef)) for n in ast.walk(top)]
+    bound = [n.lineno for n in nodes if isinstance(n, ast.Name) and n.id == "patch" and isinstance(n.ctx, ast.Store)]
+    bound += [n.lineno for n in nodes if isinstance(n, ast.ImportFrom) and n.module != "fastcore.basics" and "patch" in [a.asname or a.name for a in n.names]]
+    assert not bound
+
+
 # ---------------------------------------------------------------- README, settings, packaging
 
 def test_readme_is_made_from_the_index():

@@ -199,25 +199,51 @@ def test_failed_rendering_leaves_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_write_voc_round_trip_and_resume(tmp_path):
-    root = write_voc(tmp_path / "voc", splits=("train", "val"), n=3, size=32)
+@pytest.fixture
+def written(tmp_path):
+    return write_voc(tmp_path / "voc", splits=("train", "val"), n=3, size=32)
+
+
+def test_write_voc_lists_classes_and_ids(written):
+    assert (written / "classes.txt").read_text().split() == list(CLASSES)
+    assert (written / "ImageSets/Segmentation/train.txt").read_text().split() == Scenes("train", n=3, size=32).ids
+
+
+@pytest.mark.parametrize("i", range(3))
+def test_write_voc_masks_are_palette_pictures_of_the_same_labels(written, i):
+    s = Scenes("train", n=3, size=32)[i]
+    png = Image.open(written / f"SegmentationClass/{s.id}.png")
+    colors = np.uint8(png.getpalette()).reshape(-1, 3)
+    assert png.mode == "P"
+    assert (np.asarray(png) == s.mask).all()
+    assert np.array_equal(colors, palette()[:len(colors)])
+
+
+@pytest.mark.parametrize("i", range(3))
+def test_write_voc_photographs_lose_little(written, i):
+    s = Scenes("train", n=3, size=32)[i]
+    assert np.abs(np.asarray(Image.open(written / f"JPEGImages/{s.id}.jpg")).astype(int) - s.image).mean() < 10
+
+
+def test_write_voc_table_has_the_labels_of_both_splits(written):
     ds = Scenes("train", n=3, size=32)
-    assert (root / "classes.txt").read_text().split() == list(CLASSES)
-    assert (root / "ImageSets/Segmentation/train.txt").read_text().split() == ds.ids
-    for s in ds:
-        png = Image.open(root / f"SegmentationClass/{s.id}.png")
-        assert png.mode == "P" and (np.asarray(png) == s.mask).all() and np.array_equal(np.uint8(png.getpalette()).reshape(-1, 3), palette()[:len(png.getpalette()) // 3])
-        assert np.abs(np.asarray(Image.open(root / f"JPEGImages/{s.id}.jpg")).astype(int) - s.image).mean() < 10
-    table = [r.split(",") for r in (root / "ImageSets/labels.csv").read_text().splitlines()]
-    assert table[0] == ["id", *CLASSES] and [r[0] for r in table[1:]] == [*ds.ids, *(f"val_{i:06d}" for i in range(3))]
-    assert [[float(v) for v in r[1:]] for r in table[1:4]] == [s.label.tolist() for s in ds]
-    (root / "JPEGImages/val_000001.jpg").unlink()  # as after a kill
-    kept = root / "JPEGImages/train_000000.jpg"
+    head, *rows = [r.split(",") for r in (written / "ImageSets/labels.csv").read_text().splitlines()]
+    assert head == ["id", *CLASSES]
+    assert [r[0] for r in rows] == [*ds.ids, *(f"val_{i:06d}" for i in range(3))]
+    assert [[float(v) for v in r[1:]] for r in rows[:3]] == [s.label.tolist() for s in ds]
+
+
+def test_write_voc_makes_again_only_what_a_kill_has_left_out(written):
+    lost, kept = written / "JPEGImages/val_000001.jpg", written / "JPEGImages/train_000000.jpg"
+    lost.unlink()
     before = kept.stat().st_mtime_ns
-    write_voc(root, splits=("train", "val"), n=3, size=32)
-    assert (root / "JPEGImages/val_000001.jpg").exists() and kept.stat().st_mtime_ns == before
-    assert not [p for p in root.rglob(".*")]
-    with pytest.raises(ValueError, match="choose an empty folder"): write_voc(root, size=48)
+    write_voc(written, splits=("train", "val"), n=3, size=32)
+    assert lost.exists() and kept.stat().st_mtime_ns == before
+    assert not list(written.rglob(".*"))
+
+
+def test_write_voc_refuses_a_folder_of_other_scenes(written):
+    with pytest.raises(ValueError, match="choose an empty folder"): write_voc(written, size=48)
 
 
 def test_voc_reader_gives_the_scenes_back(tmp_path):

@@ -4,6 +4,7 @@ import sys
 import tarfile
 import zipfile
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -391,18 +392,38 @@ def test_what_cannot_be_predicted(trained):
 
 # files
 
-def test_a_folder_of_predictions(trained, tmp_path, capsys):
+@pytest.fixture
+def predicted(trained, tmp_path):
+    "A network, images without masks, and the folder of its predictions"
     net, few = trained[0], Blobs(5, masks=False)
     assert predict_dataset(net, few, tmp_path/"a", processes=1, progress=False) == dict(computed=5, cached=0, skipped=[])
-    with Image.open(tmp_path/"a/blob_001.png") as im:
+    return net, few, tmp_path/"a"
+
+
+def test_predictions_of_a_folder_are_those_of_single_images(predicted):
+    net, few, folder = predicted
+    with Image.open(folder/"blob_001.png") as im:
         assert im.mode == "P" and (np.array(im) == predict(net, few[1].image)).all()
-    data = (tmp_path/"a/blob_001.png").read_bytes()
-    (tmp_path/"a/blob_001.png").write_bytes(data[:60]); (tmp_path/"a/blob_003.png").unlink()
-    assert predict_dataset(net, few, tmp_path/"a", processes=2, progress=False) == dict(computed=2, cached=3, skipped=[])
-    assert (tmp_path/"a/blob_001.png").read_bytes() == data and "redone" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="crf: True there, False now"): predict_dataset(net, few, tmp_path/"a", crf=False, processes=1, progress=False)
-    assert predict_dataset(net, few, tmp_path/"a", crf=False, processes=1, force=True, progress=False)["computed"] == 5
-    with pytest.raises(ValueError, match="network:"): predict_dataset(Net(), few, tmp_path/"a", crf=False, processes=1, progress=False)
+
+
+def test_torn_and_lost_predictions_are_made_again_by_any_number_of_processes(predicted, capsys):
+    net, few, folder = predicted
+    data = (folder/"blob_001.png").read_bytes()
+    (folder/"blob_001.png").write_bytes(data[:60]); (folder/"blob_003.png").unlink()
+    assert predict_dataset(net, few, folder, processes=2, progress=False) == dict(computed=2, cached=3, skipped=[])
+    assert (folder/"blob_001.png").read_bytes() == data and "redone" in capsys.readouterr().out
+
+
+def test_predictions_with_other_settings_are_refused_and_replaced_by_force(predicted):
+    net, few, folder = predicted
+    again = partial(predict_dataset, net, few, folder, crf=False, processes=1, progress=False)
+    with pytest.raises(ValueError, match="crf: True there, False now"): again()
+    assert again(force=True)["computed"] == 5
+
+
+def test_predictions_of_another_network_are_refused(predicted):
+    _, few, folder = predicted
+    with pytest.raises(ValueError, match="network:"): predict_dataset(Net(), few, folder, processes=1, progress=False)
 
 
 def test_shards_make_the_whole(trained, tmp_path):

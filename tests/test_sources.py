@@ -559,18 +559,30 @@ def test_check_deep_finds_torn_files(odd):
     assert not report.ok and ds.ids[8] in str(report) and "8 of 9" in str(report)
 
 
-def test_check_coco_and_folder_and_nonsense(odd):
+def test_check_tree_of_coco_counts_images_and_names_a_lost_one(odd):
     root = toy_coco(toy_coco(odd / "coco"), 2, "train2014")
     assert S.check_tree("coco2014", root, strict=False, deep=True).ok
-    assert "2 of 82,783" in str(S.check_tree("coco2014", root)) and not S.check_tree("coco2014", root).ok
+    whole = S.check_tree("coco2014", root)
+    assert "2 of 82,783" in str(whole) and not whole.ok
     (root / "train2014/COCO_train2014_000000000002.jpg").unlink()
     assert [r.source for r in S.check_tree("coco2014", root, strict=False).rows if not r.ok] == ["coco2014_train"]
+
+
+def test_check_tree_of_a_folder_asks_for_the_table_of_labels(odd):
     mine = odd / "mine"; mine.mkdir()
     Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(mine / "a b.png")
-    assert "labels.csv" in str(S.check_tree("folder", mine)) and not S.check_tree("folder", mine).ok
+    found = S.check_tree("folder", mine)
+    assert "labels.csv" in str(found) and not found.ok
     (mine / "labels.csv").write_text("id,labels\na b,cat\n")
     assert S.check_tree("folder", mine, deep=True).ok
-    assert not S.check_tree("voc2012", odd / "nowhere").ok and "adcam data get voc2012" in str(S.check_tree("voc2012", odd / "nowhere"))
+
+
+def test_check_tree_of_nothing_says_how_to_get_it(odd):
+    found = S.check_tree("voc2012", odd / "nowhere")
+    assert not found.ok and "adcam data get voc2012" in str(found)
+
+
+def test_check_tree_of_an_unknown_data_set(odd):
     with pytest.raises(ValueError, match="choose one of"): S.check_tree("imagenet", odd)
 
 

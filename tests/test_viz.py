@@ -199,20 +199,30 @@ def test_every_pixel_has_its_patch(h, w, x, y):
     assert divmod(i, w) == (int(y * 60 * h / 60), int(x * 100 * w / 100))
 
 
-def test_choices_change_what_they_should():
+@pytest.fixture
+def tool():
     A, S, heat = matrices()
-    tool = Inspector(GRAY, A, S, heat, GRID, ["cat", "dog"], size=80)
-    assert tool.size == (60, 80) and all(p.shape == (60, 80, 3) and p.dtype == np.uint8 for p in [tool.heat_picture(), *tool.row_pictures().values()])
-    def what(name, value):
-        before = {"heat": tool.heat_picture()} | tool.row_pictures()
-        old, _ = getattr(tool, name), setattr(tool, name, value)
-        after = {"heat": tool.heat_picture()} | tool.row_pictures()
-        setattr(tool, name, old)
-        return {n for n in before if (before[n] != after[n]).any()}
-    assert what("k", 2) == {"heat", "kept", "refined"}
-    assert what("T", 0) == what("direction", "push") == what("cls", 1) == {"heat"}
-    assert what("patch", (tool.patch + 1) % 12) == {"heat", "A", "S", "kept", "refined"}    # the frame moves, too
-    assert tool.select(79, 59) == 11 and "row 2, column 3" in tool.caption() and "cat" in tool.caption()
+    return Inspector(GRAY, A, S, heat, GRID, ["cat", "dog"], size=80)
+
+
+def test_all_pictures_of_the_inspector_have_its_size(tool):
+    assert tool.size == (60, 80)
+    assert all(p.shape == (60, 80, 3) and p.dtype == np.uint8 for p in [tool.heat_picture(), *tool.row_pictures().values()])
+
+
+@pytest.mark.parametrize("name,value,changed", [("k", 2, {"heat", "kept", "refined"}), ("T", 0, {"heat"}), ("direction", "push", {"heat"}), ("cls", 1, {"heat"}),
+                                                ("patch", 7, {"heat", "A", "S", "kept", "refined"})])   # the frame moves, too
+def test_choices_change_what_they_should(tool, name, value, changed):
+    assert getattr(tool, name) != value
+    before = {"heat": tool.heat_picture()} | tool.row_pictures()
+    setattr(tool, name, value)
+    after = {"heat": tool.heat_picture()} | tool.row_pictures()
+    assert {n for n in before if (before[n] != after[n]).any()} == changed
+
+
+def test_a_click_selects_the_patch_under_it(tool):
+    assert tool.select(79, 59) == 11
+    assert "row 2, column 3" in tool.caption() and "cat" in tool.caption()
 
 
 def test_a_choice_costs_little():

@@ -27,7 +27,7 @@ def fig6(r: dict) -> dict:
 
 
 def table1(r: dict) -> dict:
-    resnet = [e["name"] for e in r["rows_measured"] if e["network"] in ("resnet_mini", "recam_mini")]
+    resnet = [e["name"] for e in r["rows_measured"] if e["network"] not in ("conformer_mini", "patch_mini")]
     return dict(table=r["summary"], NAMES=[e["name"] for e in r["rows_measured"]], RESNET=resnet, TRUTH="ground truth", counts="",
                 group=lambda row, variant, crf: f"{row}: {variant}{' + CRF' if crf else ''}")
 
@@ -61,6 +61,7 @@ FIGURES = {  # name: notebook, cells to run (by id; a line of code stands for it
     "fig4": ("fig4", ("d7964f8c", "47a145b2", "920fa52c", "ad44d50c", "c4ad7631", "1bf361d3"), fig4),
     "fig6": ("fig6", ("d911a959", "f08e2a25"), fig6),
     "table1": ("table1", ("82ae521d", "32df6204"), table1),
+    "related/table1": ("table1", ("82ae521d", "32df6204"), table1),
     "table2": ("table2", ("b13f8b77", "b2619245"), table2),
     "table3": ("table3", ("1966a469", "ROWS = scenes_rows()", "bdd12ea8", "36dc995e"), table3),
     "photos": ("photos", ("228892fb", "ea32b1c2", "230f4a03", "39651f96", "means = measured_means", "d665392c", "a1efb2a5"), photos),
@@ -90,7 +91,7 @@ def main() -> int:
         return 2
     for name in names:
         folder = ROOT / "results" / ("photos" if name == "photos" else "mini")
-        draw(name, folder, folder)
+        draw(name, folder, (folder / name).parent)
     return 0
 
 
