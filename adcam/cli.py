@@ -17,6 +17,7 @@ __all__ = ['app', 'Data', 'Split', 'Images', 'Device', 'Precision', 'data_app', 
 import contextlib
 import json
 import os
+import shlex
 import sys
 from enum import Enum
 from pathlib import Path
@@ -540,13 +541,15 @@ def export_command(
     data: Data = "mini", split: Split = "train",
     limit: Annotated[Optional[int], typer.Option("--limit", "--n", min=1, help="Only the first N images.")] = None,
     tolerance: Annotated[float, typer.Option(min=0.0, help="labelme: pixels by which an outline may move, so that it has few corners; 0 keeps every pixel.")] = 1.0,
-    min_area: Annotated[int, typer.Option("--min-area", min=0, help="labelme and cvat: leave out regions of fewer pixels.")] = 0,
+    min_area: Annotated[Optional[int], typer.Option("--min-area", min=0, help="labelme and cvat: regions of fewer pixels go to what surrounds them; 1/3000 of a photograph if not given, 0 keeps every speck.")] = None,
 ) -> None:
     "Hand masks to a tool in which people correct them."
     from adcam.export import export_masks
     picked = _images_of(folder, ".png", data, split, limit)
     done = export_masks(picked.ds, folder, out, to.value, split, tolerance, min_area, progress=sys.stderr.isatty())
     typer.echo(f"wrote {len(done.ids)} photographs with {done.shapes} {'files' if to is Form.voc else 'shapes'} to {out}")
+    if done.specks:
+        typer.echo(f"{done.specks} specks went to what surrounds them; --min-area 0 keeps them")
     if done.undecided:
         how = dict(coco="in the field `ignore` of the image, which other programs pass over", voc="as 255").get(to.value, "as shapes named __ignore__")
         typer.echo(f"{done.undecided} of them have undecided pixels (255), kept {how}")
@@ -1168,9 +1171,10 @@ def own_masks(
     if only_estimate:
         return
     typer.echo(f"wrote {done.count} masks: {done.folder}  (0 background, " + ", ".join(f"{k} {c}" for k, c in enumerate(done.classes, 1)) + ")")
-    if (out / "labels.csv").exists():
-        typer.echo(f"to look at them, copy {out / 'labels.csv'} and {out / 'classes.txt'} into {folder}, which makes it a data set; then:")
-    typer.echo(f"adcam show {done.folder} --data {folder} --out {out / 'page.html'}")
+    part = f" --limit {limit}" if limit else ""
+    masks, photographs, page = (shlex.quote(str(x)) for x in (done.folder, folder, out / "page.html"))
+    typer.echo(f"look at them:    adcam show {masks} --data {photographs}{part} --out {page}")
+    typer.echo(f"to correct them: adcam export {masks} --data {photographs}{part} --to labelme --out {shlex.quote(str(out / 'labelme'))}")
     _tell_skipped(done.run.skipped, done.run.total)
 
 # %% ../nbs/14_cli.ipynb #bbfb1224

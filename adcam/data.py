@@ -811,6 +811,11 @@ def _split_names(cell, classes):
 def _guessed(path, cells):
     "Class names of a table without a list of classes; a name that looks like a slip is refused"
     surely = {c for _, _, cell in cells for c in _list_of(cell) or ()}
+    sets = [set(cell.split()) for _, _, cell in cells]
+    for n, _, cell in cells:                                         # School Bus, School Bus: words that never part are rather one name
+        w = set(cell.split())
+        if not surely and len(w) > 1 and sum(w <= s for s in sets) > 1 and all(w <= s or not w & s for s in sets):
+            raise ValueError(f"{path}, line {n}: is {cell!r} one class or {len(w)}? Its words are always together: write classes.txt with one name per line beside it, or `{'_'.join(cell.split())}` if it is one")
     words = surely | {cell for _, _, cell in cells if cell and " " not in cell and not _list_of(cell)}
     for n, _, cell in cells:
         if surely and " " in cell and not _list_of(cell) and cell not in surely and not set(cell.split())<=words:
@@ -869,12 +874,16 @@ class Folder(_Files):
         rows = _rows(path, names)
         self._rel = {name: rel.rsplit(".", 1)[0] for name, rel in zip(self._images, found)}
         named = len(rows[0][1])==2 and rows[0][1][1].lower() in ("label", "labels", "class", "classes")
-        self.classes, table = (_by_name if named else _one_hot)(path, rows, _find_classes(self.root, None) if classes is None else tuple(classes))
+        self.classes, table = (_by_name if named else _one_hot)(path, rows, _find_classes(path.parent, _find_classes(self.root, None)) if classes is None else tuple(classes))
         ids, self.exif = _match(path, table, names), masks is None if exif is None else exif
         if check: _check_match(path, table, ids, self._images, names)
         self.ids, self._labels = ids + sorted(set(self._images)-set(ids)), {i: y for i, (_, _, y) in zip(ids, table)}
         self._table = path
 
+    def table(self) -> dict: # {path below the folder: names with ; between them}, without lines that have no image
+        "The labels as one may write them"
+        named = {i: ";".join(c for c, yes in zip(self.classes, y) if yes) for i, y in self._labels.items()}
+        return {self._images[i].relative_to(self.root).as_posix(): names for i, names in named.items() if i in self._images}
     def image_path(self, i): return self._images.get(self.ids[i], self.root/self.ids[i])
     def mask_path(self, i): return None if self._masks is None or self.ids[i] not in self._rel else self._masks/f"{self._rel[self.ids[i]]}.png"
     def _find_label(self, i): raise ValueError(f"image {self.ids[i]} has no line in {self._table}; add one")

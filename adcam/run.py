@@ -512,7 +512,7 @@ def _training_cost(name: str, net: nn.Module, crop: int, views: int, batch: int,
     return Cost(name, seconds * views, memory * batch)
 
 # %% ../nbs/13b_run.ipynb #c0a5e007
-def _mask_costs(p: Profile, tried: Any, work: Any, refine: str, crf: bool, net: IRNet | None) -> list[Cost]:
+def _mask_costs(p: Profile, tried: Any, work: Any, refine: str, crf: bool, net: nn.Module | None) -> list[Cost]:
     "Masks of all images from those that were tried: CRF, IR labels, IRNet's looks at views, walks"
     image, seed, costs = tried.images[-1], tried.seeds[-1], []
     share = sum(h * w for h, w in work.sizes) / image[..., 0].size           # pixels of all images, in that of the probe
@@ -525,6 +525,10 @@ def _mask_costs(p: Profile, tried: Any, work: Any, refine: str, crf: bool, net: 
         view = look * p.irn_crop**2 / image[..., 0].size                     # two forward passes there, forward and backward here
         costs = [Cost("IR labels", 1.5 * smooth * share, int(1.5 * memory * most)), Cost("IRNet", view * p.irn_epochs * len(work.sizes), int(m * min(p.irn_batch, len(work.sizes)) / 2 * p.irn_crop**2 / image[..., 0].size)),
                  Cost("walks", (look + walk) * share, int(m * most))]
+    if refine == "psa":
+        config = PSA_MINI if p.dataset == "scenes" else AffinityConfig()
+        learn = _training_cost("AffinityNet", net, config.crop or p.crop, config.epochs * len(work.sizes), min(config.batch, len(work.sizes)))
+        costs = [Cost("PSA scores", 2 * smooth * share, int(2 * memory * most)), learn]
     return costs + ([Cost("CRF", smooth * share, int(memory * most))] if crf else [])
 
 # %% ../nbs/13b_run.ipynb #c0a5e008
@@ -549,8 +553,8 @@ def estimate(
     tried = probe_seeds(net.eval(), ds, work, method, p.scales, p.size_mode, todo, flip=p.flip, precision=precision, **(method_options(p, method) if options is None else options))
     processes = processes if next(net.parameters()).device.type == "cpu" else 1
     costs = [Cost("seeds", tried.seconds, tried.memory)]
-    if refine: costs += _mask_costs(p, tried, work, refine, crf, _boundary_net(p, 0, backbone) if refine == "irn" else None)
-    costs = [c if c.stage == "IRNet" else Cost(c.stage, c.seconds / processes, c.memory * processes) for c in costs]
+    if refine: costs += _mask_costs(p, tried, work, refine, crf, _boundary_net(p, 0, backbone) if refine == "irn" else AffinityNet(_stages(p, backbone)) if refine == "psa" else None)
+    costs = [c if c.stage in ("IRNet", "AffinityNet") else Cost(c.stage, c.seconds / processes, c.memory * processes) for c in costs]
     if classifier == "all": costs.insert(0, _training_cost("classifier", net, p.crop, p.epochs * len(ds), min(p.batch, len(ds)), (lambda x: net.branch_logits(x, "cnn")) if is_pair(p) else None))
     if classifier == "heads": costs.insert(0, Cost("classifier", tried.seconds / (len(p.scales) * (1 + p.flip)), 2 * tried.memory))
     held = psutil.Process().memory_info().rss * processes

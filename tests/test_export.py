@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
+from scipy import ndimage
 
 from adcam import export
 from adcam.cli import main
 from adcam.data import COCO2014, VOCFolder, open_data, save_mask
-from adcam.export import FORMATS, export_masks, fill, import_masks, painted, polygons
+from adcam.export import FORMATS, export_masks, fill, import_masks, painted, polygons, without_specks
 from adcam.scenes import write_voc
 from adcam.segment import check_masks, load_mask
 
@@ -41,7 +42,7 @@ def ds(voc):
 @pytest.fixture(scope="module")
 def exports(ds, voc, tmp_path_factory):
     root = tmp_path_factory.mktemp("exports")
-    for to in FORMATS: export_masks(ds, voc/"SegmentationClass", root/to, to, tolerance=0)
+    for to in FORMATS: export_masks(ds, voc/"SegmentationClass", root/to, to, tolerance=0, min_area=0)
     return root
 
 
@@ -114,10 +115,28 @@ def test_single_pixels_survive_any_tolerance():
     assert np.array_equal(painted(polygons(m, 5), m.shape), m)
 
 
-def test_min_area_leaves_out_specks(ds):
+def test_specks_go_to_what_surrounds_them():
     m = np.zeros((30, 30), np.uint8)
-    m[2:20, 2:20], m[25, 25], m[10, 10] = 1, 2, 0
-    assert [n for n, _ in polygons(m, 0, 5)] == [1]
+    m[2:20, 2:20], m[25, 25], m[10, 10], m[2, 2] = 1, 2, 0, 255
+    clean, n = without_specks(m, 5)
+    assert n == 3 and clean[10, 10] == 1 and clean[25, 25] == 0 and [k for k, _ in polygons(clean, 0)] == [1]
+    assert without_specks(m, 0)[0] is m and np.array_equal(without_specks(m, 10_000)[0], m), "nothing goes where nothing would stay"
+
+
+@pytest.mark.parametrize("to, stays", [("labelme", False), ("cvat", False), ("coco", True), ("voc", True)])
+def test_outlines_have_no_specks_unless_asked_for(ds, voc, tmp_path, capsys, to, stays):
+    folder = tmp_path/"masks"
+    for i, n in enumerate(ds.ids):
+        m = ds.mask(i).copy()
+        m[1::9, 1::9] = np.where(m[1::9, 1::9], 0, 1)
+        save_mask(folder/f"{n}.png", m)
+    code, told = command(capsys, "export", folder, "--data", voc, "--to", to, "--out", tmp_path/"out")
+    assert code == 0 and ("--min-area 0 keeps them" in told) is not stays
+    import_masks(tmp_path/"out", tmp_path/"back", to)
+    back = [VOCFolder(tmp_path/"back", "train").mask(i) for i in range(len(ds))]
+    specks = [ndimage.label(m == v)[1] for m in back for v in np.unique(m)]
+    assert (sum(specks) > 300) is stays
+    assert command(capsys, "export", folder, "--data", voc, "--to", to, "--out", tmp_path/"all", "--min-area", 0)[0] == 0
 
 
 # ---------------------------------------------------------------- there and back

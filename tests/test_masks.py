@@ -1,7 +1,9 @@
 "adcam.masks, adcam.cost and adcam.learned: a folder of photographs to masks, what it costs, and whether the classifier knows anything"
 import csv
 import json
+import shlex
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,12 +11,13 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 import adcam.run
+from adcam.baselines.psa import AffinityConfig
 from adcam.branches import VOC_IMAGENET
 from adcam.cli import main
 from adcam.cost import Cost, Estimate, Work, approve, duration, law, predicted
 from adcam.data import folder
 from adcam.learned import held_out, judge, warning
-from adcam.masks import Photographs, class_groups, enlarge_mask, labels_by_folder, make_masks, masks_profile
+from adcam.masks import Photographs, class_groups, enlarge_mask, imagenet_hint, labels_by_folder, make_masks, masks_profile, open_photographs, unread
 from adcam.run import LOOKS, override, segmentation_stage
 from adcam.pipeline import profiles
 from adcam.scenes import Scenes
@@ -68,6 +71,58 @@ def test_sub_folders_are_classes(tmp_path):
     classes = labels_by_folder(tmp_path / "in", tmp_path / "labels.csv")
     ds = folder(tmp_path / "in", tmp_path / "labels.csv", classes=classes)
     assert {i: [c for c, y in zip(ds.classes, ds.label(n)) if y] for n, i in enumerate(ds.ids)} == {"bus__a": ["bus"], "bus__deep__b": ["bus"], "school bus__a": ["school bus"], "c": []}
+
+
+def test_a_table_elsewhere_goes_all_the_way_to_corrected_masks(photos, tmp_path, capsys):
+    root = shutil.copytree(photos, tmp_path / "Bilder ä", ignore=shutil.ignore_patterns("*.csv", "p4.jpg"))
+    table, out = tmp_path / "semi.csv", tmp_path / "my run"
+    table.write_text((photos / "labels.csv").read_text().replace(";", "|").replace(",", ";").replace("p4.jpg", "nobody.jpg"))
+    code, told, err = cli(capsys, "masks", root, "--labels", table, "--network", "mini", "--size", 64, "--out", out)
+    assert code == 1 and "nobody.jpg" in err and "wrote 5 masks" in told
+    lines = [shlex.split(line.split(":", 1)[1]) for line in told.splitlines() if line.startswith(("look at", "to correct"))]
+    assert [line[1] for line in lines] == ["show", "export"]
+    for line in lines: assert cli(capsys, *line[1:])[0] == 0
+    assert cli(capsys, "import", out / "labelme", "--from", "labelme", "--out", tmp_path / "corrected")[0] == 0
+    assert len(list((tmp_path / "corrected/SegmentationClass").glob("*.png"))) == 5
+
+
+def test_a_photograph_without_a_line_is_named_and_left_out(photos, tmp_path, capsys):
+    rows = [line for line in (photos / "labels.csv").read_text().splitlines() if "p4" not in line and "p0" not in line]
+    (tmp_path / "some.csv").write_text("\n".join(rows))
+    code, told, err = cli(capsys, "masks", photos, "--labels", tmp_path / "some.csv", "--network", "mini", "--size", 64, "--out", tmp_path / "out")
+    assert code == 1 and "image p0 has no line in" in err and "wrote 4 masks" in told
+
+
+def test_formats_that_are_not_read_are_named(photos, tmp_path, capsys):
+    root = shutil.copytree(photos, tmp_path / "in")
+    (root / "IMG_1.HEIC").write_bytes(b"x")
+    assert unread(photos) == ""
+    _, told, _ = cli(capsys, "masks", root, "--network", "mini", "--size", 64, "--out", tmp_path / "out", "--estimate")
+    assert "1 file is not read, first IMG_1.HEIC" in told
+
+
+def test_few_photographs_are_better_left_to_imagenet(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    rows = [(f"{i}.png", c) for i, c in enumerate(["bus", "bus", "Hund", "cat;bus"])]
+    for name, _ in rows: Image.new("RGB", (32, 32)).save(tmp_path / "in" / name)
+    (tmp_path / "in/labels.csv").write_text("\n".join(",".join(r) for r in [("id", "labels"), *rows]))
+    hint = lambda: imagenet_hint(open_photographs(tmp_path / "in", tmp_path / "out"))
+    assert '(1 of Hund, 20 are better)' in hint() and hint().endswith('--classes "bus;cat"')
+    (tmp_path / "in/labels.csv").write_text("id,labels\n" + "\n".join(f"{r[0]},Hund" for r in rows))
+    assert hint() == ""
+
+
+def test_words_that_are_always_together_are_asked_about(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in "abc": Image.new("RGB", (32, 32)).save(tmp_path / f"in/{name}.jpg")
+    table = tmp_path / "table.csv"
+    table.write_text("id,labels\na,School Bus\nb,School Bus\nc,dog\n")
+    with pytest.raises(ValueError, match="'School Bus' one class or 2.*always together"): folder(tmp_path / "in", table)
+    (tmp_path / "classes.txt").write_text("dog\nSchool Bus\n")
+    assert folder(tmp_path / "in", table).label(0).tolist() == [0, 1], "classes.txt beside the table"
+    (tmp_path / "classes.txt").unlink()
+    table.write_text("id,labels\na,cat dog\nb,cat dog\nc,dog\n")
+    assert folder(tmp_path / "in", table).classes == ("cat", "dog")
 
 
 def test_photographs_without_any_label_are_refused_with_the_three_ways(tmp_path, capsys):
@@ -163,6 +218,22 @@ def test_numbers_in_masks_are_those_of_the_labels_whatever_the_order_of_the_grou
 def test_nothing_seen_is_said(photos, tmp_path):
     with pytest.raises(ValueError, match="none of the 5 photographs seems to show cat"):
         make_masks(shutil.copytree(photos, tmp_path / "in", ignore=shutil.ignore_patterns("*.csv")), tmp_path / "out", classes="cat", network="test_resnet+test_vit", random_weights=True, size=64, progress=False)
+
+
+@pytest.mark.parametrize("refine, stages", [("irn", ["IR labels", "IRNet"]), ("psa", ["PSA scores", "AffinityNet"])])
+def test_a_pair_walks_to_its_masks(tmp_path, capsys, monkeypatch, refine, stages):
+    monkeypatch.setattr(adcam.run, "AffinityConfig", partial(AffinityConfig, crop=96, epochs=1))
+    root = tmp_path / "in"
+    root.mkdir()
+    for i in range(2): Image.fromarray(np.random.default_rng(i).integers(0, 256, (48, 64, 3), np.uint8)).save(root / f"{i}.png")
+    (root / "labels.csv").write_text("id,labels\n0,dog\n1,bus\n")
+    go = lambda: make_masks(root, tmp_path / "out", classes="dog;bus", network="test_resnet+test_vit", random_weights=True, size=64, refine=refine,
+                            change=["k=2", "irn_crop=64", "irn_radius=5", "irn_epochs=1", "irn_batch=2"], progress=False)
+    done, again = go(), go()
+    assert f"{stages[1]} " in capsys.readouterr().out.split("estimate:")[1].split("\n")[0]
+    assert done.count == 2 and [r["stage"] for r in done.run.rows if "seconds" in r][3:] == [*stages, "pseudo masks", "CRF"]
+    assert [r["note"] for r in again.run.rows if r["stage"] in ("pseudo masks", "CRF")] == ["0 computed, 2 were there"] * 2
+    assert [np.asarray(Image.open(done.folder / f"{i}.png")).shape for i in range(2)] == [(48, 64)] * 2
 
 
 def test_blocks_of_the_vit_are_the_last_half():

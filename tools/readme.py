@@ -46,7 +46,7 @@ def readme(notebook: Path = ROOT / "nbs/index.ipynb") -> str:
             parts[i - 1:i + 1] = [parts[i - 1].removesuffix("```") + "\n" + parts[i].removeprefix("```python\n")]
     text = "<!-- Made from nbs/index.ipynb by tools/readme.py: edit the notebook. -->\n\n" + "\n\n".join(parts) + "\n"
     text = re.sub(r"\]\(\.\./", "](", text)
-    text = re.sub(r"\]\((?=(?:paper\b|\w+\.ipynb))", "](nbs/", text)
+    text = re.sub(r"\]\((?=(?:paper\b|course\b|\w+\.ipynb))", "](nbs/", text)
     return re.sub(r'src="\.\./', 'src="', text)
 
 
