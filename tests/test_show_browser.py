@@ -74,7 +74,7 @@ def test_slider_class_and_views_change_the_pictures(file, ds):
         higher = changed(page, 0, start)
         assert page.locator("#tv").inner_text() == "0.60"
         assert (np.abs(higher.astype(int) - image).max(-1) > 3).sum() < painted.sum()
-        assert f"mIoU {100*told['scores']['miou'][60]:.1f}" in page.locator("#numbers").inner_text()
+        page.wait_for_function("text => document.querySelector('#numbers').textContent.includes(text)", arg=f"mIoU {100*told['scores']['miou'][60]:.1f}")
 
         page.locator("#views label", has_text="errors").click()
         wrong = changed(page, 0, higher)
@@ -84,8 +84,8 @@ def test_slider_class_and_views_change_the_pictures(file, ds):
         c = next(c for c in told["items"][0]["labels"] if sum(c in x["labels"] for x in told["items"]) < len(told["items"]))
         page.locator("#classes label", has_text=told["classes"][c]).click()   # a class: cards without it go
         if len(told["items"][0]["keys"]) > 1: changed(page, 0, heat)
-        assert page.locator("main figure:visible").count() == sum(c in x["labels"] for x in told["items"])
-        assert page.locator("#numbers").inner_text().startswith(f"{page.locator('main figure:visible').count()} photographs")
+        page.wait_for_function("n => [...document.querySelectorAll('main figure')].filter(f => f.checkVisibility()).length === n", arg=sum(c in x["labels"] for x in told["items"]))
+        page.wait_for_function("n => document.querySelector('#numbers').textContent.startsWith(`${n} photographs`)", arg=page.locator("main figure:visible").count())
         page.locator("#classes label", has_text="all 6").click()
 
         page.locator("main figure button").first.focus()
