@@ -1,4 +1,6 @@
 """The notebooks as a book: no number that its file does not confirm, no link that leads nowhere, no picture that is not in results/."""
+import base64
+import io
 import json
 import re
 import sys
@@ -7,6 +9,7 @@ from urllib.parse import unquote
 
 import pytest
 from conftest import ROOT
+from PIL import Image
 from adcam.viz import Result
 from test_house import EXPORTED, NOTEBOOKS, name_of, read
 
@@ -100,6 +103,58 @@ def test_output_of_a_smoke_run_is_found(tmp_path):
 def test_missing_result_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "make results" in Result("mini/none.png")._repr_mimebundle_()["text/plain"]
+
+
+# ---------------------------------------------------------------- width of pictures
+
+RASTER = re.compile(r"data:image/(?:png|jpeg|gif|webp);base64,([A-Za-z0-9+/=\n]+)")
+WIDTH = 480  # pixels
+
+
+def rasters(nb: dict) -> list[tuple[str, str]]:
+    "Every stored picture of pixels as (cell id, base64): outputs, pictures inside their HTML, and the state of widgets."
+    found = [("widget", b["data"]) for state in nb.get("metadata", {}).get("widgets", {}).values() for model in state.get("state", {}).values()
+             if model["model_name"] == "ImageModel" for b in model.get("buffers", [])]
+    for cell in nb["cells"]:
+        for kind, value in (item for o in cell.get("outputs", []) for item in o.get("data", {}).items()):
+            text = value if isinstance(value, str) else "".join(value) if isinstance(value, list) else json.dumps(value)
+            if kind.startswith("image/") and kind != "image/svg+xml": found.append((cell["id"], text))
+            else: found += [(cell["id"], data) for data in RASTER.findall(text)]
+    return found
+
+
+def narrow(nb: dict) -> dict[str, int]:
+    "Width of the pictures that are narrower than a page wants them, by cell."
+    widths = [(cell, Image.open(io.BytesIO(base64.b64decode(data))).width) for cell, data in rasters(nb)]
+    return {cell: width for cell, width in widths if width < WIDTH}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
+def test_pictures_are_wide_enough_to_read(path):
+    assert narrow(json.loads(path.read_text(encoding="utf-8"))) == {}, f"pixels wide, at least {WIDTH}: give the figure a larger size"
+
+
+def test_pictures_are_in_the_book():
+    assert sum(len(rasters(json.loads(p.read_text(encoding="utf-8")))) for p in NOTEBOOKS) > 100
+
+
+def picture_output(where: str, width: int) -> dict:
+    "A notebook with one picture, as output, inside HTML or in a widget."
+    Image.new("L", (width, 9)).save(file := io.BytesIO(), "png")
+    data = base64.b64encode(file.getvalue()).decode()
+    if where == "widget": return {"metadata": {"widgets": {"x": {"state": {"a": {"model_name": "ImageModel", "buffers": [{"data": data}]}}}}}, "cells": []}
+    output = {"image/png": data} if where == "output" else {"text/html": ["<img ", f'src="data:image/png;base64,{data}">']}
+    return {"cells": [{"id": where, "outputs": [{"data": output}]}]}
+
+
+@pytest.mark.parametrize("where", ["output", "html", "widget"])
+def test_narrow_picture_is_found(where):
+    assert narrow(picture_output(where, WIDTH - 1)) == {where: WIDTH - 1}
+
+
+@pytest.mark.parametrize("where", ["output", "html", "widget"])
+def test_wide_picture_passes(where):
+    assert narrow(picture_output(where, WIDTH)) == {}
 
 
 # ---------------------------------------------------------------- links
