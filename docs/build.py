@@ -1,6 +1,6 @@
 """The site: `python docs/build.py OUT` writes HTML that needs no server and asks nobody for anything.
 
-Pages are the notebooks as they are committed (nothing is executed), DEPARTURES.md, README.md and one page per module from its
+Pages are the notebooks as they are committed (nothing is executed), DEPARTURES.md, README.md, the course's page for teachers and one page per module from its
 exported source. The tree of the sources is that of the repository, so that every relative link means the same in both."""
 import argparse
 import ast
@@ -251,6 +251,9 @@ def prepare(src: Path) -> None:
         write(src / f"api/{module}.md", api_page(path))
     write(src / "api/index.md", "# API\n\n> Every public name, from the comments that stand beside its parameters.\n\n```{toctree}\n:maxdepth: 2\n:glob:\n\nadcam.*\n```\n")
     for name in ("DEPARTURES.md", "LICENSE", "CITATION.cff", "constraints.txt"): write(src / name, relinked((ROOT / name).read_text()))
+    teacher = (ROOT / "nbs/course/README.md").read_text().replace("[student](student)", "`student`")  # a folder is no page
+    write(src / "nbs/course/README.md", relinked(teacher))
+    entries["Course"].insert(0, "For teachers <nbs/course/README>")
     for path in committed(ROOT / "results"):
         if path.suffix in (".png", ".md", ".json", ".csv"):
             head = f"---\norphan: true\nnosearch: true\n---\n# {path.stem} ({path.parent.name})\n\n" if path.suffix == ".md" else ""
