@@ -479,7 +479,7 @@ class HeadsConfig:
 def _solver(params, c):
     "Optimizer over all images at once"
     if c.solver=="adamw": return torch.optim.AdamW(params, lr=c.lr, weight_decay=c.weight_decay)
-    return torch.optim.LBFGS(params, max_iter=1, history_size=20, line_search_fn="strong_wolfe")
+    return torch.optim.LBFGS(params, max_iter=c.steps, history_size=20, line_search_fn="strong_wolfe")  # all steps in one call: called step by step it stalls
 
 # %% ../nbs/04_classifier.ipynb #48d7c4d5
 def _check_heads_config(c):
@@ -493,25 +493,20 @@ def _fit_heads(model, f, c):
     "Minimize the two losses over the heads; f is on the model's device"
     params = {n: p for n, p in model.named_parameters() if _is_head(n)}
     if not params: raise ValueError(f"{type(model).__name__} has no parameters under {' or '.join(HEADS)}; name its heads so")
-    optimizer, history, seen = _solver(params.values(), c), [], []
+    optimizer, lbfgs, seen = _solver(params.values(), c), c.solver=="lbfgs", []
     def closure():
         optimizer.zero_grad()
         conv, trans = (bce_loss(z, f.labels) for z in model.heads(f.conv[:, :, None, None], f.token[:, None]))  # (n,K) each
         size = sum(p.square().sum() for n, p in params.items() if n.endswith("weight"))
-        total = conv + trans + (c.weight_decay/2*size if c.solver=="lbfgs" else 0.)
+        total = conv + trans + (c.weight_decay/2*size if lbfgs else 0.)
         total.backward()
         seen.append((total.item(), dict(loss=(conv+trans).item(), conv=conv.item(), trans=trans.item())))
+        if not math.isfinite(seen[-1][0]): raise FloatingPointError(f"the loss became {seen[-1][0]} in step {len(seen)}; lower lr ({c.lr}), or check the images for NaN")
         return total
-    best = math.inf
-    for step in range(1, c.steps+1):
-        seen.clear()
-        optimizer.step(closure)
-        total, row = seen[0]  # before the step; a line search looks further
-        if not math.isfinite(total): raise FloatingPointError(f"the loss became {total} in step {step}; lower lr ({c.lr}), or check the images for NaN")
-        history.append(dict(step=step, **row))
-        if c.solver=="lbfgs" and best-total < 1e-7: break
-        best = total
-    return history
+    for _ in range(1 if lbfgs else c.steps): optimizer.step(closure)
+    best = [min(t for t, _ in seen[:i+1]) for i in range(len(seen))]
+    rows = [row for i, (t, row) in enumerate(seen) if not lbfgs or i==0 or t < best[i-1]]  # without what a line search tried in vain
+    return [dict(step=i, **row) for i, row in enumerate(rows, 1)]
 
 # %% ../nbs/04_classifier.ipynb #1e025a23
 def train_heads(model:nn.Module, # network with `features`, `heads`, `stride`, and heads named as in HEADS; they start from what they are
@@ -520,7 +515,7 @@ def train_heads(model:nn.Module, # network with `features`, `heads`, `stride`, a
                 *,
                 cache:str|Path|None=None, # folder for the features; None keeps them in memory only
                 progress:bool=True # show a bar while the backbone runs
-               ) -> list[dict]: # a row per step: step, loss, conv, trans, before the step
+               ) -> list[dict]: # a row per step (of L-BFGS: per look that found less): step, loss, conv, trans
     "Train the two linear heads on a backbone that stands still: each image passes it once. Deterministic; one process"
     _check_heads_config(config)
     f = ds if isinstance(ds, Features) else cached_features(model, ds, config.size, batch=config.batch, cache=cache, progress=progress)

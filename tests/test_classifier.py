@@ -489,3 +489,16 @@ def test_two_processes_equal_one(tmp_path):
     assert np.allclose([r["loss"] for r in rows], [r["loss"] for r in history], rtol=1e-5)
     for (n, a), b in zip(one.state_dict().items(), two.state_dict().values()): torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5, msg=n)
     with pytest.raises(ValueError, match="processes: 2 there, 1 now"): run(config=config, out=tmp_path)
+
+
+def test_lbfgs_does_not_stall_on_features_of_different_scale():
+    rng = torch.Generator().manual_seed(0)
+    conv, token = .1*torch.randn(60, 6, generator=rng).relu(), 4*torch.randn(60, 5, generator=rng)
+    labels = torch.stack([conv[:, 0] > .05, token[:, 0] > 0, conv[:, 1] > conv[:, 2]], 1).float()
+    model, f, penalty = TwoTowers(), Features(conv, token, labels), 1e-3
+    train_heads(model, f, HeadsConfig(steps=200, weight_decay=penalty))
+    heads = [model.conv_cls_head, model.trans_cls_head]
+    size = sum(h.weight.square().sum() for h in heads)
+    total = sum(torch.nn.functional.binary_cross_entropy_with_logits(h(x), labels) for h, x in zip(heads, (conv, token))) + penalty/2*size
+    gradient = torch.autograd.grad(total, [p for h in heads for p in h.parameters()])
+    assert max(g.abs().max() for g in gradient) < 1e-3  # the problem is convex: where the gradient is nearly nothing, there is the minimum
