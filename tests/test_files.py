@@ -216,7 +216,8 @@ def test_workers_of_every_stage_follow_their_parent(monkeypatch, module, call):
 
 def test_ctrl_c_ends_all_processes_with_one_line(tmp_path):
     words = [sys.executable, "-m", "adcam.cli", "seeds", "--out", str(tmp_path / "s"), "--processes", "2", "--method", "cam"]
-    run = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    run = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell that runs the tests in the background ignores it
     try:
         for _ in range(1200):
             if any((tmp_path / "s").glob("*.npz")): break
