@@ -18,6 +18,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from fastcore.basics import patch
 from torch import Tensor, nn
 from .progress import tqdm
 from .branches import VOC_IMAGENET, TwoBranch, group_maps
@@ -160,22 +161,8 @@ class Photographs:
         return _fit(picture_size(self.ds, i), self.long)
 
     def label(self, i: int) -> np.ndarray: return label_of(self.ds, i) * self.wanted
-
-    def image(self, i: int) -> np.ndarray:
-        "(H,W,3) uint8, shrunk"
-        image = image_of(self.ds, i)
-        size = _fit(image.shape[:2], self.long)
-        return image if size == image.shape[:2] else np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC, reducing_gap=3))
-
-    def weak(self, i: int) -> tuple: return self.image(i), self.label(i)
     def has_mask(self, i: int) -> bool: return has_mask(self.ds, i)
-
-    def mask(self, i: int) -> np.ndarray | None:
-        "(H,W) uint8, shrunk without mixing labels"
-        mask = mask_of(self.ds, i)
-        if mask is None: return None
-        return np.asarray(Image.fromarray(self.number[mask]).resize(_fit(mask.shape, self.long)[::-1], Image.Resampling.NEAREST))
-
+    def weak(self, i: int) -> tuple: return self.image(i), self.label(i)
     def __getitem__(self, i: int) -> Sample: return Sample(self.ids[i], self.image(i), self.label(i), self.mask(i))
 
     def _digest(self, items) -> str:
@@ -185,6 +172,21 @@ class Photographs:
     def fingerprint(self) -> str:
         "Hash of the photographs, the limit and the classes"
         return self._digest(range(len(self)))
+
+# %% ../nbs/13h_masks.ipynb #e81c42a6
+@patch
+def image(self: Photographs, i: int) -> np.ndarray:
+    "(H,W,3) uint8, shrunk"
+    image = image_of(self.ds, i)
+    size = _fit(image.shape[:2], self.long)
+    return image if size == image.shape[:2] else np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC, reducing_gap=3))
+
+@patch
+def mask(self: Photographs, i: int) -> np.ndarray | None:
+    "(H,W) uint8, shrunk without mixing labels"
+    mask = mask_of(self.ds, i)
+    if mask is None: return None
+    return np.asarray(Image.fromarray(self.number[mask]).resize(_fit(mask.shape, self.long)[::-1], Image.Resampling.NEAREST))
 
 # %% ../nbs/13h_masks.ipynb #aa5d097d
 class Opened(NamedTuple):

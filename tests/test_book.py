@@ -225,3 +225,8 @@ SMALL = {"cells": [{"cell_type": "markdown", "source": "four words of prose $x+y
 @pytest.mark.parametrize("key, value", [("cells", 4), ("words", 4), ("max", 2), ("pictures", 1), ("run_lines", 3), ("run_cells", 2), ("first_picture", 3), ("tests", 1 / 3)])
 def test_numbers_of_a_notebook(key, value):
     assert book.row("small", SMALL)[key] == value
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
+def test_no_cell_is_longer_than_a_reader_can_hold(path):
+    assert not {c.id: n for c in read(path).cells if c.cell_type == "code" and (n := len(c.source.splitlines())) > 40}
