@@ -158,6 +158,7 @@ def _reachable(name, option):
     if not hub or constants.HF_HUB_OFFLINE or any(isinstance(try_to_load_from_cache(hub, f), str) for f in ("model.safetensors", "pytorch_model.bin")): return
     if why := _silent(constants.ENDPOINT): raise _no_download(name, option, f"{constants.ENDPOINT} cannot be reached: {why}")
 
+# %% ../nbs/06_branches.ipynb #cb86bc19
 def create_timm(name:str, # of timm
                 weights:str|Path|None, # file of its weights
                 pretrained:bool, # fetch them instead

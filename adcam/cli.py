@@ -1136,6 +1136,7 @@ def whole_run(
 # %% ../nbs/14_cli.ipynb #c0a5e103
 _OWN = "tf_efficientnet_lite0+vit_small_patch14_dinov2"
 
+# %% ../nbs/14_cli.ipynb #f0c774ee
 @app.command("masks")
 def own_masks(
     folder: Annotated[str, typer.Argument(help="Folder of photographs, with labels.csv or a sub-folder per class; or a folder in VOC layout.")],

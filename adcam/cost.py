@@ -146,6 +146,7 @@ class Tried(NamedTuple):
     seconds: float    # of the seeds of all images, one after the other
     memory: int       # of the largest image, bytes on top of the network
 
+# %% ../nbs/13a_cost.ipynb #cb8e5610
 def probe_seeds(
     model: Any,               # network in eval mode, on its device
     ds: Any,                  # images
@@ -182,6 +183,7 @@ def duration(
     for limit, unit, name in ((90, 1, "s"), (5400, 60, "min"), (172800, 3600, "h"), (math.inf, 86400, "days")):
         if seconds < limit: return f"{seconds / unit:.{0 if unit < 3600 else 1}f} {name}"
 
+# %% ../nbs/13a_cost.ipynb #dc471b3a
 class Estimate(NamedTuple):
     "What a job will cost"
     work: Work         # of all images

@@ -290,14 +290,16 @@ class _Files(_Shared):
         "Hash of class names, ids, labels and files: all bytes up to 2,000 images, else all sizes and the bytes of 2,000 images"
         return self._digest(range(len(self)))
 
-    def _digest(self, indices):
-        h, whole = hashlib.sha256(repr((self.classes, self.exif)).encode()), set(range(0, len(indices), max(1, -(-len(indices)//_FULL))))
-        for n, i in enumerate(indices):
-            h.update(self.ids[i].encode() + self._label(i).tobytes())
-            for path in (self.image_path(i), self.mask_path(i)):
-                if len(indices)>_FULL: h.update(_file_hash(path, False))
-                if n in whole: h.update(_file_hash(path, True))
-        return h.hexdigest()
+# %% ../nbs/02_data.ipynb #f3a5c9d2
+@patch
+def _digest(self:_Files, indices):
+    h, whole = hashlib.sha256(repr((self.classes, self.exif)).encode()), set(range(0, len(indices), max(1, -(-len(indices)//_FULL))))
+    for n, i in enumerate(indices):
+        h.update(self.ids[i].encode() + self._label(i).tobytes())
+        for path in (self.image_path(i), self.mask_path(i)):
+            if len(indices)>_FULL: h.update(_file_hash(path, False))
+            if n in whole: h.update(_file_hash(path, True))
+    return h.hexdigest()
 
 # %% ../nbs/02_data.ipynb #3b224a32
 VOC_CLASSES = ("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
