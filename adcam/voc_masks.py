@@ -182,19 +182,20 @@ def _boundaries(name: str) -> IRNet:
 # %% ../nbs/13f_voc_masks.ipynb #f5cb670b
 @torch.no_grad()
 def _walk_chunk(ds: Any, indices: list[int], seeds: Path, thresholds: tuple, exp_times: int, path: Path) -> float:
-    "Walk the maps of some photographs, count them, and keep the walked maps"
+    "Walk the maps of some photographs, count them before and after, and keep the walked maps"
     began, names = time.process_time(), [r.folder for r in _job["rows"] if (_job["work"] / "irnet" / f"{r.folder}.safetensors").exists()]
-    sweeps, out = {n: Sweep(len(ds.classes), thresholds) for n in names}, {}
+    sweeps, out = {(kind, n): Sweep(len(ds.classes), thresholds) for kind in ("hist", "seed") for n in names}, {}
     with np.load(seeds, allow_pickle=False) as z: maps = {n: z[n] for n in z.files}
     for i in indices:
         sample = ds[i]
         keys, size = np.flatnonzero(sample.label), sample.image.shape[:2]
         for name in names:
-            cam = merge([torch.from_numpy(maps[f"{sample.id}/{name}"].astype(np.float32))], size)[0].numpy()          # (n,H/4,W/4)
-            walked = random_walk(cam, edge_map(_boundaries(name), sample.image), exp_times=exp_times)
-            sweeps[name].update(upsample_walk(walked, size), keys, sample.mask)
+            seed = torch.from_numpy(maps[f"{sample.id}/{name}"].astype(np.float32))                                   # (n,h,w)
+            sweeps["seed", name].update(upsample(seed[None], size)[0].numpy(), keys, sample.mask)
+            walked = random_walk(merge([seed], size)[0].numpy(), edge_map(_boundaries(name), sample.image), exp_times=exp_times)
+            sweeps["hist", name].update(upsample_walk(walked, size), keys, sample.mask)
             out[f"{sample.id}/{name}"] = (walked / max(walked.max(), 1e-12)).astype(np.float16)
-    out |= {f"hist/{n}": s.hist for n, s in sweeps.items()}
+    out |= {f"{kind}/{n}": s.hist for (kind, n), s in sweeps.items()}
     atomic_write(path, lambda f: np.savez(f, **out))
     return time.process_time() - began
 
@@ -220,13 +221,14 @@ def make_walks(
 def walk_counts(
     work: str | Path,       # folder of the run
     name: str,              # of the list
+    kind: str = "hist",     # "hist": pseudo masks, "seed": the seeds that were walked
 ) -> dict[str, Sweep]:      # {Row.folder: Sweep}
-    "Counts of the pseudo masks of a list, as far as there are any"
+    "Counts of a list, as far as it was walked"
     total: dict = {}
     for path in sorted((Path(work) / "walks").glob(f"{name}-*.npz")):
         with np.load(path, allow_pickle=False) as z:
             for n in z.files:
-                if n.startswith("hist/"): total[n[5:]] = total.get(n[5:], 0) + z[n]
+                if n.startswith(f"{kind}/"): total[n[5:]] = total.get(n[5:], 0) + z[n]
     return {n: as_sweep(h, THRESHOLDS) for n, h in total.items()}
 
 # %% ../nbs/13f_voc_masks.ipynb #7f03735d
@@ -235,7 +237,7 @@ class Masks:
     def __init__(self, work: str | Path, list_name: str, row: str, background: float | None):
         self.row, self.background, self.maps = row, background, {}
         for path in sorted((Path(work) / "walks").glob(f"{list_name}-*.npz")) if background is not None else ():
-            with np.load(path, allow_pickle=False) as z: self.maps |= {n.split("/")[0]: z[n] for n in z.files if n.endswith(f"/{row}") and not n.startswith("hist/")}
+            with np.load(path, allow_pickle=False) as z: self.maps |= {n.split("/")[0]: z[n] for n in z.files if n.endswith(f"/{row}") and not n.startswith(("hist/", "seed/"))}
 
     def __call__(self, sample: Any) -> np.ndarray:
         if self.background is None: return sample.mask
@@ -290,13 +292,15 @@ def mask_rows(
     lists: list[str],        # names of the two lists
     rows: list[Row],         # of the table
 ) -> list[dict]:             # row, column, split, n, rule, t, miou, fp, fn, f1, pixel_accuracy
-    "Scores of everything that is finished"
+    "Scores of everything that is finished; \"seed\" are the seeds of the photographs that were walked"
     kept, out = ("rule", "t", "miou", "fp", "fn", "iou_bg", "f1", "pixel_accuracy"), []
-    counted, names = {n: walk_counts(work, n) for n in lists}, {r.folder: r.name for r in rows} | dict(truth="ground truth")
-    for n, other in (lists, lists[::-1]):
-        for row in (r for r in counted[n] if r in counted[other]):
-            images = sum(len([k for k in np.load(p).files if k.endswith(f"/{row}") and not k.startswith("hist/")]) for p in (Path(work) / "walks").glob(f"{n}-*.npz"))
-            out += [dict(row=names[row], column="pseudo", split=n, n=images, **{v: r[v] for v in kept}) for r in side_by_side(counted[n][row], counted[other][row])]
+    names = {r.folder: r.name for r in rows} | dict(truth="ground truth")
+    images = {n: len({k.split("/")[0] for p in (Path(work) / "walks").glob(f"{n}-*.npz") for k in np.load(p).files} - {"hist", "seed"}) for n in lists}
+    for column, kind in dict(seed="seed", pseudo="hist").items():
+        counted = {n: walk_counts(work, n, kind) for n in lists}
+        for n, other in (lists, lists[::-1]):
+            for row in (r for r in counted[n] if r in counted[other]):
+                out += [dict(row=names[row], column=column, split=n, n=images[n], **{v: r[v] for v in kept}) for r in side_by_side(counted[n][row], counted[other][row])]
     for path in sorted((Path(work) / "segmentation").glob("*.json")):
         told = json.loads(path.read_text())
         s = scores(np.array(told["confusion"]))

@@ -313,8 +313,10 @@ def main() -> int:
     if args.badges: return print(badges(args.badges)) or 0
     out = args.out.resolve()
     prepare(SRC)
-    shutil.rmtree(out, ignore_errors=True)
-    built = subprocess.run([sys.executable, "-m", "sphinx", "-q", "-E", "-W", "--keep-going", "-b", "html", "-c", str(Path(__file__).parent), "-d", str(SRC.parent / "doctrees"), str(SRC), str(out)])
+    html = SRC.parent / "html/site"    # myst-nb leaves a folder beside the one that it builds
+    for old in (out, html): shutil.rmtree(old, ignore_errors=True)
+    built = subprocess.run([sys.executable, "-m", "sphinx", "-q", "-E", "-W", "--keep-going", "-b", "html", "-c", str(Path(__file__).parent), "-d", str(SRC.parent / "doctrees"), str(SRC), str(html)])
+    shutil.copytree(html, out)
     (out / ".nojekyll").touch()
     found = faults(out)
     for line in found: print(line, file=sys.stderr)

@@ -83,6 +83,10 @@ def test_site_can_lie_anywhere(site):
 
 
 @needs_sphinx
+def test_nothing_is_left_beside_the_site(site): assert not (site.parent / "jupyter_execute").exists()
+
+
+@needs_sphinx
 def test_page_shows_no_directive_and_no_hidden_cell(site):
     text = re.sub(r"<[^>]+>", "", (site / "nbs/05_cam.html").read_text())
     assert "#|" not in text and "default_exp" not in text

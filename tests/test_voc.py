@@ -77,7 +77,7 @@ def test_attention_is_described_for_every_block_and_both_means(measured):
 
 def test_masks_and_predictions_are_scored(measured):
     rows = json.loads((measured / "out/masks.json").read_text())["rows"]
-    assert {(r["row"], r["column"]) for r in rows} == {(n, c) for n in ("CAM", "AD-CAM, pull") for c in ("pseudo", "segmentation")} | {("ground truth", "segmentation")}
+    assert {(r["row"], r["column"]) for r in rows} == {(n, c) for n in ("CAM", "AD-CAM, pull") for c in ("seed", "pseudo", "segmentation")} | {("ground truth", "segmentation")}
 
 
 def test_counting_on_the_device_is_counting_by_sweep():

@@ -52,7 +52,7 @@ def options(argv=None):
     p.add_argument("--out", required=True, type=Path, help="folder for counts and log.json")
     p.add_argument("--device", default="", help="cuda or cpu; the GPU if there is one")
     p.add_argument("--processes", type=int, default=0, help="processes that count; 6 on a GPU, all cores of a CPU, if not given")
-    p.add_argument("--limit", type=int, default=0, help="only the first images of both lists")
+    p.add_argument("--limit", type=int, default=0, help="only so many photographs of each list, evenly spread over it")
     p.add_argument("--chunk", type=int, default=40, help="photographs per file of the work folder")
     p.add_argument("--seconds", type=float, default=float("inf"), help="start no chunk after so many seconds of a step; what is there is written")
     p.add_argument("--rows", type=int, default=4, help="how many rows of Table 1: CAM, AD-CAM pull, Att-Diffu pull, AD-CAM push, TransCAM, TS-CAM")
@@ -204,7 +204,7 @@ def main(argv=None):
     for folder in (a.work, a.out): folder.mkdir(parents=True, exist_ok=True)
     plan, recipe = tiny(a) if a.tiny else (voc.Plan(), {})
     lists = {n: VOCFolder(a.data, n) for n in a.lists}
-    if a.limit: lists = {n: Subset(ds, n=a.limit) for n, ds in lists.items()}
+    if a.limit: lists = {n: Subset(ds, np.linspace(0, len(ds) - 1, min(a.limit, len(ds))).astype(int)) for n, ds in lists.items()}
     source = voc.Source(a.network, len(lists[a.lists[0]].classes), a.cnn_weights, a.vit_weights)
     frozen = source._replace(files=tuple(str(cnn_file(a, s)) for s in a.seeds))
     for ds in lists.values(): voc.check_photographs(ds, plan, source.stride)
