@@ -17,7 +17,7 @@ Steps, in the order in which they are named; each goes on where it was stopped, 
 
 `--tiny` makes its own drawn scenes and tiny random networks, to try the way in a minute.
 """
-import argparse, json, os, sys, time
+import argparse, ast, json, os, sys, time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -38,8 +38,8 @@ PAIR = "tf_efficientnet_lite0+vit_small_patch14_dinov2"
 
 def fields(text):
     "`a=1,b=.5` as a dict"
-    try: return {name.strip(): json.loads(value) for name, value in (part.split("=") for part in text.split(",") if part)}
-    except ValueError: raise argparse.ArgumentTypeError(f"{text}: write name=number, several with commas between") from None
+    try: return {name.strip(): ast.literal_eval(value) for name, value in (part.split("=") for part in text.split(",") if part)}
+    except (ValueError, SyntaxError): raise argparse.ArgumentTypeError(f"{text}: write name=value, several with commas between, text in quotes") from None
 
 
 def options(argv=None):
