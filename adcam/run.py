@@ -27,7 +27,7 @@ from .files import one_at_a_time, read_json
 from .deeplab import DeepLabV2, deeplabv2_mini, init_deeplab, upernet, upernet_mini
 from .devices import check_precision, numerics, pick_device
 from .evaluation import Sweep, seed_mask, side_by_side
-from .irnet import CnnStages, IRNet, IRNetConfig, ResNet50Stages, ResNetStages, edge_map, files_from_seeds, make_ir_labels, make_pseudo_masks, random_walk, save_mask, smooth_mask, train_irnet
+from .irnet import CnnStages, IRNet, IRNetConfig, ResNet50Stages, ResNetStages, edge_map, files_from_seeds, irn_loss, make_ir_labels, make_pseudo_masks, random_walk, save_mask, smooth_mask, train_irnet
 from .learned import Learned, held_out_logits, judge, learned, warning
 from .networks import build_network, load_network, network_name, save_trained, train_network
 from .pipeline import Profile, checkpoint_path, profiles, provenance, save_result
@@ -511,6 +511,15 @@ def _training_cost(name: str, net: nn.Module, crop: int, views: int, batch: int,
     seconds, memory = _step_cost(net, crop, lambda x: _total((forward or net)(x)))
     return Cost(name, seconds * views, memory * batch)
 
+# %% ../nbs/13b_run.ipynb #c0a5e00b
+def _boundary_cost(p: Profile, net: IRNet, images: int) -> Cost:
+    "IRNet: a view with confident labels in every corner, its pairs, and back; then a look at every image for the mean shift"
+    label = (torch.arange((p.irn_crop // 4)**2) % 2).view(1, p.irn_crop // 4, -1)     # (1,h,w)
+    loss = lambda x: irn_loss(*net(x), label.to(x.device), p.irn_radius, p.num_classes)["loss"]
+    learn = _training_cost("IRNet", net, p.irn_crop, p.irn_epochs * images, min(p.irn_batch, images), loss)
+    return learn._replace(seconds=learn.seconds * (1 + p.irn_displacement / (3 * p.irn_epochs)))
+
+
 # %% ../nbs/13b_run.ipynb #c0a5e007
 def _mask_costs(p: Profile, tried: Any, work: Any, refine: str, crf: bool, net: nn.Module | None) -> list[Cost]:
     "Masks of all images from those that were tried: CRF, IR labels, IRNet's looks at views, walks"
@@ -522,8 +531,7 @@ def _mask_costs(p: Profile, tried: Any, work: Any, refine: str, crf: bool, net: 
     if refine == "irn":
         look, m, edge = measure(lambda: edge_map(net.eval(), image))
         walk = measure(lambda: random_walk(seed.cam, edge, p.walk_radius, p.walk_beta, p.walk_exp_times))[0]
-        view = look * p.irn_crop**2 / image[..., 0].size                     # two forward passes there, forward and backward here
-        costs = [Cost("IR labels", 1.5 * smooth * share, int(1.5 * memory * most)), Cost("IRNet", view * p.irn_epochs * len(work.sizes), int(m * min(p.irn_batch, len(work.sizes)) / 2 * p.irn_crop**2 / image[..., 0].size)),
+        costs = [Cost("IR labels", 1.5 * smooth * share, int(1.5 * memory * most)), _boundary_cost(p, net, len(work.sizes)),
                  Cost("walks", (look + walk) * share, int(m * most))]
     if refine == "psa":
         config = PSA_MINI if p.dataset == "scenes" else AffinityConfig()
