@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from . import conformer
 from .baselines.psa import PSA_MINI, SETTINGS as PSA_SETTINGS, AffinityConfig, AffinityNet, make_affinity_masks, make_affinity_scores, train_affinity
-from .classifier import HeadsConfig, TrainConfig, cached_features, save_weights, train, train_heads
+from .classifier import HeadsConfig, TrainConfig, cached_features, save_weights, train, train_heads, whole_image
 from .cnn import mini_path, resnet_mini
 from .cost import Cost, Estimate, approve, measure, memory_left, plan_probe, probe_seeds
 from .data import Skipped, Subset, check_agreement, chosen, has_mask, mask_of, open_data, read_mask
@@ -28,7 +28,7 @@ from .deeplab import DeepLabV2, deeplabv2_mini, init_deeplab, upernet, upernet_m
 from .devices import check_precision, numerics, pick_device
 from .evaluation import Sweep, seed_mask, side_by_side
 from .irnet import CnnStages, IRNet, IRNetConfig, ResNet50Stages, ResNetStages, edge_map, files_from_seeds, irn_loss, make_ir_labels, make_pseudo_masks, random_walk, save_mask, smooth_mask, train_irnet
-from .learned import Learned, held_out_logits, judge, learned, warning
+from .learned import Learned, choose_penalty, judge, learned, warning
 from .networks import build_network, load_network, network_name, save_trained, train_network
 from .pipeline import Profile, checkpoint_path, profiles, provenance, save_result
 from .seeds import extract_dataset, launched, load_seed, resolve
@@ -163,10 +163,11 @@ def _heads_stage(p: Profile, net: nn.Module, ds: Any, out: Path, seed: int, prog
     net = net.to(pick_device(device)).eval()
     config = HeadsConfig(batch=2)
     f = cached_features(net, ds, config.size, batch=config.batch, cache=out / "classifier", progress=progress)
-    found = judge(held_out_logits(net, f, config, seed=seed) if len(ds) > 1 else np.zeros((1, p.num_classes)), f.labels.numpy())
+    config, logits = choose_penalty(net, f, config, seed=seed) if len(ds) > 1 else (config, np.zeros((1, p.num_classes)))
     history = train_heads(net, f, config)
-    save_trained(net, out / "classifier" / "weights.safetensors", p.network, **(dict(seed=seed) if is_pair(p) else {}))
-    return net, f"heads, {_steps(history, False)}; {_knows(found)}"
+    logits, told, kept, part = (logits, "", net, {}) if not hasattr(net, "settle") else (*net.settle(f, logits), net.trained(), dict(branch="cnn"))
+    save_trained(kept, out / "classifier" / "weights.safetensors", p.network, **part, **(dict(seed=seed) if is_pair(p) else {}))
+    return net, f"heads, {_steps(history, False)}, penalty {config.weight_decay:g}; {told}{_knows(judge(logits, f.labels.numpy()))}"
 
 # %% ../nbs/13b_run.ipynb #ea3aee16
 def classifier_stage(
@@ -520,6 +521,13 @@ def _boundary_cost(p: Profile, net: IRNet, images: int) -> Cost:
     return learn._replace(seconds=learn.seconds * (1 + p.irn_displacement / (3 * p.irn_epochs)))
 
 
+# %% ../nbs/13b_run.ipynb #c0a5e00c
+def _heads_cost(net: nn.Module, tried: Any, work: Any) -> Cost:
+    "Features of all images, from those of one; the heads themselves take seconds"
+    x, share = whole_image(tried.images[-1], None, net.stride)[None].to(next(net.parameters()).device), sum(h * w for h, w in work.sizes) / tried.images[-1][..., 0].size
+    with torch.no_grad(): seconds, memory, _ = measure(lambda: net.features(x), x.device)
+    return Cost("classifier", seconds * share, 2 * memory)
+
 # %% ../nbs/13b_run.ipynb #c0a5e007
 def _mask_costs(p: Profile, tried: Any, work: Any, refine: str, crf: bool, net: nn.Module | None) -> list[Cost]:
     "Masks of all images from those that were tried: CRF, IR labels, IRNet's looks at views, walks"
@@ -564,7 +572,7 @@ def estimate(
     if refine: costs += _mask_costs(p, tried, work, refine, crf, _boundary_net(p, 0, backbone) if refine == "irn" else AffinityNet(_stages(p, backbone)) if refine == "psa" else None)
     costs = [c if c.stage in ("IRNet", "AffinityNet") else Cost(c.stage, c.seconds / processes, c.memory * processes) for c in costs]
     if classifier == "all": costs.insert(0, _training_cost("classifier", net, p.crop, p.epochs * len(ds), min(p.batch, len(ds)), (lambda x: net.branch_logits(x, "cnn")) if is_pair(p) else None))
-    if classifier == "heads": costs.insert(0, Cost("classifier", tried.seconds / (len(p.scales) * (1 + p.flip)), 2 * tried.memory))
+    if classifier == "heads": costs.insert(0, _heads_cost(net, tried, work))
     held = psutil.Process().memory_info().rss * processes
     return Estimate(work, costs, held, memory_left(next(net.parameters()).device) + psutil.Process().memory_info().rss - held, p.scales, p.flip, lower)
 
