@@ -22,7 +22,7 @@ from .evaluation import Sweep, confusion, scores, seed_mask
 from .files import atomic_write, why_left_out
 from .progress import tqdm
 from .seeds import load_seed
-from .viz import ERROR_COLORS, error_map, overlay, overlay_mask, palette, panel
+from .viz import ERROR_COLORS, error_map, overlay, overlay_mask, drawn_palette, panel
 
 # %% ../nbs/08b_show.ipynb #90d3da28
 class Shown(NamedTuple):
@@ -206,7 +206,7 @@ def _heading(draw, x, y, width, s, classes, t, cls):
     for c in s.labels():
         text = _cut(classes[c - 1], x + width - at - 14, small)
         if at + 14 >= x + width or len(text) < 2: break
-        draw.rectangle((at, y + 22, at + 9, y + 31), tuple(palette()[c].tolist()))
+        draw.rectangle((at, y + 22, at + 9, y + 31), tuple(drawn_palette()[c].tolist()))
         draw.text((at + 13, y + 19), text, "#444", small)
         at += 13 + small.getlength(text) + 10
 
@@ -231,7 +231,7 @@ def numbers_line(
     cls: int = None,  # one class; None: all
 ) -> str:
     "One line about a whole gallery: how many, and the scores where there is truth"
-    line = f"{len(g.shown)} photographs" + (f", threshold {t:.2f}" if g.thresholds else "")
+    line = f"{len(g.shown)} photograph{'s' * (len(g.shown) != 1)}" + (f", threshold {t:.2f}" if g.thresholds else "")
     if g.table:
         row = g.table[min(range(len(g.table)), key=lambda i: abs(i/100 - t))] if g.thresholds else g.table[0]
         of = {n: row[n] for n in ("miou", "fp", "fn")} if cls is None else dict(iou=row["iou"][cls], fp=row["fp_per_class"][cls], fn=row["fn_per_class"][cls])
@@ -305,7 +305,7 @@ def _content(g, t, cls, title, note):
     views = [v for v in VIEWS if any(v in tiles(s, t) for s in g.shown[:1])]
     heat = _bytes(matplotlib.colormaps["inferno"](np.arange(256))[:, :3]).tolist()   # (256,3)
     return dict(title=title, note=note, t=round(t, 2), cls=cls or 0, best=g.best(), slider=bool(g.thresholds), views=views, classes=["", *g.classes], scores=rows if g.table else None,
-                palette=palette().tolist(), heat=heat, errors=ERROR_COLORS, items=[_packed(s) for s in g.shown], skipped=[list(s) for s in g.skipped])
+                palette=drawn_palette().tolist(), heat=heat, errors=ERROR_COLORS, items=[_packed(s) for s in g.shown], skipped=[list(s) for s in g.skipped])
 
 # %% ../nbs/08b_show.ipynb #65892387
 _HTML = """<!doctype html>
@@ -470,7 +470,7 @@ function row() {
 }
 function numbers() {
   const r = row(), n = D.items.filter(x => !x.card.hidden).length;
-  $('numbers').textContent = `${n} photographs` + (r ? ` · ${r[0]} ${percent(r[1])}, FP ${percent(r[2])}, FN ${percent(r[3])} %` : '');
+  $('numbers').textContent = `${n} photograph${n === 1 ? '' : 's'}` + (r ? ` · ${r[0]} ${percent(r[1])}, FP ${percent(r[2])}, FN ${percent(r[3])} %` : '');
   $('key').classList.toggle('none', state.view !== 'errors');
   $('tv').textContent = state.t.toFixed(2); $('t').value = Math.round(100 * state.t);
   const svg = $('curve'); svg.replaceChildren(); svg.classList.toggle('none', !r);
