@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from adcam import voc
-from adcam.data import Subset, VOCFolder
+from adcam.data import VOCFolder
 from adcam.evaluation import Sweep, side_by_side
 from adcam.files import atomic_write
 from adcam.pipeline import Point, provenance, save_result, to_markdown
@@ -73,7 +73,7 @@ def view_maps(pair, sample, scale: float, alone: int) -> dict[str, np.ndarray]:
 
 def compute(a, pair, ds, began: float) -> None:
     "Maps of the photographs of a list that are missing, until the time is up"
-    for i in tqdm(spread(len(ds)), desc=ds.ds.split, unit="image", disable=not sys.stderr.isatty()):
+    for i in tqdm(spread(len(ds)), desc="views", unit="image", disable=not sys.stderr.isatty()):
         sample = None
         for scale in a.scales:
             path = a.work / f"{ds.ids[i]}-{scale:g}.npz"
@@ -109,7 +109,7 @@ def main(argv=None) -> int:
     torch.set_num_threads(1)
     a.work.mkdir(parents=True, exist_ok=True)
     lists = {n: VOCFolder(a.data, n) for n in a.lists}
-    lists = {n: Subset(ds, np.linspace(0, len(ds) - 1, min(m, len(ds))).round().astype(int).tolist()) for (n, ds), m in zip(lists.items(), a.photographs)}
+    lists = {n: voc.spread_part(ds, m) for (n, ds), m in zip(lists.items(), a.photographs)}
     source = voc.Source(a.network, len(lists[a.lists[0]].classes), a.cnn_weights, a.vit_weights, (a.trained,))
     began, pair = time.process_time(), source.pairs()[0]
     for ds in reversed(lists.values()): compute(a, pair, ds, began)  # first the list that chooses
