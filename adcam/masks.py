@@ -301,7 +301,7 @@ def open_photographs(
     except ValueError as e:
         if "is no data set" not in str(e): raise
         known = None
-    if known is not None: return Opened(Photographs(known, long, kept), known, "the data set", [])
+    if known is not None: return Opened(Photographs(known, long, kept), known, "labels.csv" if (Path(root) / "labels.csv").is_file() else "the data set", [])
     if not root.is_dir(): raise FileNotFoundError(f"no folder {root}; name the one that holds the photographs")
     nothing, classes, told = [], None, str(labels)
     masks = "masks" if (root / "masks").is_dir() else None
