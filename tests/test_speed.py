@@ -23,7 +23,8 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name, view_only = func.overloadpacket.__name__, any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
         self.count += not view_only and not name.startswith(("empty", "new_empty", "_unsafe_view", "detach", "promote_types"))
-        if name in ("_local_scalar_dense", "is_nonzero", "nonzero", "equal") or name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1]):
+        if name in ("_local_scalar_dense", "is_nonzero", "nonzero",
+                    "equal") or name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1]):
             self.waits.append(name)
         return func(*args, **(kwargs or {}))
 
@@ -80,7 +81,9 @@ def test_attention_in_pieces_starts_many_more(net, monkeypatch):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method, options", [(cam_map, {}), (ts_cam, {}), (trans_cam, {}), (att_diffu, {}), (ad_cam, dict(k=20)), (ad_cam, dict(k=20, mask="weight", self_="excluded")), (ad_cam, dict(k=9, renorm="per_layer", layers=2))])
+@pytest.mark.parametrize("method, options",
+                         [(cam_map, {}), (ts_cam, {}), (trans_cam, {}), (att_diffu, {}), (ad_cam, dict(k=20)),
+                          (ad_cam, dict(k=20, mask="weight", self_="excluded")), (ad_cam, dict(k=9, renorm="per_layer", layers=2))])
 def test_nothing_in_a_batch_waits_for_the_device(net, method, options):
     x, keys = torch.randn(2, 3, 80, 96), torch.tensor([[1, 2], [3, 3]])
     for tokens in (None, (9, 11)):
