@@ -77,7 +77,9 @@ def test_attention_in_pieces_starts_many_more(net, monkeypatch):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method, options", [(cam_map, {}), (ts_cam, {}), (trans_cam, {}), (att_diffu, {}), (ad_cam, dict(k=20)), (ad_cam, dict(k=20, mask="weight", self_="excluded")), (ad_cam, dict(k=9, renorm="per_layer", layers=2))])
+@pytest.mark.parametrize("method, options",
+                         [(cam_map, {}), (ts_cam, {}), (trans_cam, {}), (att_diffu, {}), (ad_cam, dict(k=20)),
+                          (ad_cam, dict(k=20, mask="weight", self_="excluded")), (ad_cam, dict(k=9, renorm="per_layer", layers=2))])
 def test_nothing_in_a_batch_waits_for_the_device(net, method, options):
     x, keys = torch.randn(2, 3, 80, 96), torch.tensor([[1, 2], [3, 3]])
     for tokens in (None, (9, 11)):
