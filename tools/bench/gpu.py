@@ -350,14 +350,14 @@ def ranks(c):
             out = Path(tmp) / str(count)
             out.mkdir()
             script = RANK.format(root=str(ROOT), n=n, side=side, out=str(out), tiny=not c.cuda, device="cuda:0" if c.cuda else "cpu")
+            if count == 1:
+                exec(script, dict(__name__="__main__"))
+                found[count] = json.loads((out / "history.json").read_text())
+                continue
             env = dict(os.environ, OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count))
             if not c.cuda:
                 env["ACCELERATE_USE_CPU"] = "true"
-            if count == 1:
-                for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-                    del env[name]
-            ranks_ = [{}] if count == 1 else [dict(RANK=str(r), LOCAL_RANK=str(r)) for r in range(count)]
-            started = [subprocess.Popen([sys.executable, "-c", script], env=env | r, stderr=subprocess.PIPE, text=True) for r in ranks_]
+            started = [subprocess.Popen([sys.executable, "-c", script], env=dict(env, RANK=str(r), LOCAL_RANK=str(r)), stderr=subprocess.PIPE, text=True) for r in range(count)]
             try:
                 said = [p.communicate()[1] for p in started]
             finally:
@@ -576,7 +576,7 @@ def of_classifier(arithmetic, goal):
     @row(f"training step: Conformer-S, batch 16 at 384, {arithmetic}", 30, goal, "ms", higher=False)
     def step(c):
         from adcam.classifier import TrainConfig, train
-        batch, crop, short, long = (2, 32, 1, 3) if c.tiny else (16, 384, 4, 24)
+        batch, crop, short, long = (2, 32, 1, 3) if c.tiny else (16, 384, 4, 16)
         config = config_of(TrainConfig, arithmetic, epochs=1, batch=batch, crop=crop, resize=None if c.tiny else (320, 640), workers=c.workers)
         net = copy.deepcopy(c.network())
         run = lambda steps: train(net, Photographs(steps * batch, *(48, 64) if c.tiny else (375, 500)), config, progress=False)  # noqa: E731
@@ -608,7 +608,7 @@ def of_irnet(arithmetic, goal):
         from adcam.cnn import mini_path, resnet_mini
         from adcam.irnet import IRNet, IRNetConfig, ResNet50Stages, ResNetStages, train_irnet
         net = IRNet(ResNetStages(resnet_mini(checkpoint=mini_path("pretrained")).eval().backbone_net), False) if c.tiny else IRNet(ResNet50Stages())
-        batch, more, short, long = (2, dict(crop=64, radius=4), 1, 3) if c.tiny else (16, {}, 4, 16)
+        batch, more, short, long = (2, dict(crop=64, radius=4), 1, 3) if c.tiny else (16, {}, 3, 11)
         config = config_of(IRNetConfig, arithmetic, epochs=1, batch=batch, lr_edge=.01, lr_displacement=.01, workers=c.workers, **more)
 
         def run(steps):
