@@ -24,11 +24,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-import numpy as np
 import torch
 import torch.multiprocessing as mp
 from adcam import voc, voc_baselines, voc_masks
-from adcam.data import Subset, VOCFolder
+from adcam.data import VOCFolder
 from adcam.files import atomic_write
 from adcam.scenes import write_voc
 
@@ -143,15 +142,12 @@ def vit_file(a, rate): return a.work / f"vit_lr{rate}.safetensors"
 def count(a, source, plan, lists, state, processes, log):
     "Both lists of one state of the ViT: thresholds from the second, then the first with every photograph's counts at them"
     began, seeds = time.perf_counter(), a.seeds if state == "frozen" else a.seeds[:1]
-    until, (report, choose) = time.monotonic() + a.seconds, a.lists
+    about = dict(saw=dict(cnn=a.cnn_saw, vit=a.vit_saw), machine=machine(a))
     with voc.Workers(source, plan, processes, a.device) as workers:
-        options = dict(chunk=a.chunk, until=until, progress=sys.stderr.isatty())
-        first = voc.count_list(workers, lists[choose], a.work, title=f"{state}-{choose}", **options)
-        write(a, state, choose, first, source, plan, seeds, lists)
-        second = voc.count_list(workers, lists[report], a.work, voc.best_thresholds(first), title=f"{state}-{report}", **options)
-        write(a, state, report, second, source, plan, seeds, lists)
-    rows = {r["rule"]: r for r in voc.list_rows(second, first, plan, report, seeds) if r["method"] == "cam" and r["blocks"] == "all"}
-    log.add(f"count {state}", began, photographs={n: f"{len(c['each_ids'])} of {int(c['images'])}" for n, c in ((report, second), (choose, first))}, machine=machine(a),
+        found = voc.count_both(workers, lists, a.work, a.out, seeds, state, about, chunk=a.chunk, until=time.monotonic() + a.seconds, progress=sys.stderr.isatty())
+    rows = {r["rule"]: r for r in voc.counts_rows(found) if (r["method"], r["blocks"], r["split"]) == ("cam", "all", a.lists[0])}
+    first, second = (c.arrays for c in found[::-1])
+    log.add(f"count {state}", began, photographs={c.split: f"{len(c.arrays['each_ids'])} of {int(c.arrays['images'])}" for c in found}, machine=machine(a),
             cam={k: round(100 * r["miou"], 2) for k, r in rows.items()}, spent={n: round(float(second[n] + first[n]), 1) for n in first if n.startswith("seconds_")})
 
 
@@ -221,22 +217,12 @@ def write_masks(a, rows, log):
         if r["rule"] != "oracle": print(f"{r['row']:22} {r['column']:13} {r['split']:11} {r['n']:5} mIoU {100 * r['miou']:.1f}", flush=True)
 
 
-def write(a, state, name, counts, source, plan, seeds, lists):
-    "One file of counts, with all that the notebooks must know about it"
-    about = dict(state=state, list=name, seeds=seeds, plan=voc.plan_dict(plan), source=source.prints(), network=source.network, classes=list(lists[name].classes),
-                 data=lists[name].fingerprint(), saw=dict(cnn=a.cnn_saw, vit=a.vit_saw), machine=machine(a), complete=len(counts["each_ids"]) == int(counts["images"]))
-    labels = np.stack([lists[name].label(i) for i in range(len(lists[name]))]).astype(np.uint8)
-    known = {n: i for i, n in enumerate(lists[name].ids)}
-    more = dict(about=np.array(json.dumps(about)), each_labels=labels[[known[i] for i in counts["each_ids"]]])
-    atomic_write(a.out / f"{state}-{name}.npz", lambda f: np.savez_compressed(f, **counts | more))
-
-
 def main(argv=None):
     a = options(argv)
     for folder in (a.work, a.out): folder.mkdir(parents=True, exist_ok=True)
     plan, recipe = tiny(a) if a.tiny else (voc.Plan(), {})
     lists = {n: VOCFolder(a.data, n) for n in a.lists}
-    if a.limit: lists = {n: Subset(ds, np.linspace(0, len(ds) - 1, min(a.limit, len(ds))).astype(int)) for n, ds in lists.items()}
+    lists = {n: voc.spread_part(ds, a.limit) for n, ds in lists.items()}
     source = voc.Source(a.network, len(lists[a.lists[0]].classes), a.cnn_weights, a.vit_weights)
     frozen = source._replace(files=tuple(str(cnn_file(a, s)) for s in a.seeds))
     for ds in lists.values(): voc.check_photographs(ds, plan, source.stride)
