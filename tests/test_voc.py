@@ -2,6 +2,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from adcam.data import VOCFolder
 from adcam.evaluation import Sweep
-from adcam.pipeline import upsample
+from adcam.pipeline import load_result, upsample
 from adcam.scenes import write_voc
 from adcam.learned import mean_average_precision
 from adcam.voc import Plan, as_plan, check_photographs, count_maps, counts_rows, load_counts, other_list, photograph_rows, plan_dict, score_counts, why_rows
@@ -29,7 +30,8 @@ def tool():
 def measured(tool, tmp_path_factory):
     "All steps at their smallest"
     top = tmp_path_factory.mktemp("voc")
-    tool.main(["all", "masks", "segment", "--tiny", "--device", "cpu", "--processes", "1", "--chunk", "3", "--every", "1", "--rows", "2", "--work", str(top / "work"), "--out", str(top / "out")])
+    tool.main(["all", "masks", "segment", "--tiny", "--device", "cpu", "--processes", "1", "--chunk", "3", "--every", "1", "--rows", "2",
+               "--work", str(top / "work"), "--out", str(top / "out")])
     return top
 
 
@@ -44,8 +46,10 @@ def test_every_step_says_its_seconds(measured):
 
 
 def test_a_second_run_computes_nothing_again(tool, measured):
-    before = {p: p.stat().st_mtime_ns for p in (measured / "work").rglob("*.npz")} | {p: p.stat().st_mtime_ns for p in (measured / "work").glob("*.safetensors")}
-    tool.main(["train", "count", "--tiny", "--device", "cpu", "--processes", "1", "--chunk", "3", "--work", str(measured / "work"), "--out", str(measured / "again")])
+    before = {p: p.stat().st_mtime_ns for p in (measured / "work").rglob("*.npz")} | {p: p.stat().st_mtime_ns
+        for p in (measured / "work").glob("*.safetensors")}
+    tool.main(["train", "count", "--tiny", "--device", "cpu", "--processes", "1", "--chunk", "3", "--work", str(measured / "work"),
+               "--out", str(measured / "again")])
     assert {p: p.stat().st_mtime_ns for p in before} == before
     a, b = (np.load(measured / folder / "frozen-val.npz") for folder in ("out", "again"))
     assert all((a[n] == b[n]).all() for n in ("tp", "pred", "gt"))
@@ -55,12 +59,14 @@ def test_a_list_gets_the_thresholds_of_the_other(measured):
     found = load_counts(measured / "out")
     val, train = (next(c for c in found if (c.state, c.split) == ("frozen", s)) for s in ("val", "train"))
     assert other_list(found, val) is train
-    of = lambda split, rule: {tuple(r[k] for k in ("seed", "blocks", "method", "k", "steps", "direction")): r["t"] for r in counts_rows([val, train]) if (r["split"], r["rule"]) == (split, rule)}
+    of = lambda split, rule: {tuple(r[k] for k in ("seed", "blocks", "method", "k", "steps", "direction")): r["t"] for r in counts_rows([val, train])
+                              if (r["split"], r["rule"]) == (split, rule)}
     assert of("val", "fixed") == of("train", "oracle") and of("train", "fixed") == of("val", "oracle")
 
 
 def test_cam_is_the_same_for_all_states_of_the_vit(measured):
-    rows = [r for r in counts_rows(load_counts(measured / "out")) if (r["method"], r["split"], r["rule"], r["seed"], r["blocks"]) == ("cam", "val", "oracle", 0, "all")]
+    rows = [r for r in counts_rows(load_counts(measured / "out")) if (r["method"], r["split"], r["rule"], r["seed"],
+                                                                      r["blocks"]) == ("cam", "val", "oracle", 0, "all")]
     assert {r["vit"] for r in rows} == {"frozen", "2e-5", "2e-4"} and len({r["miou"] for r in rows}) == 1
 
 
@@ -77,7 +83,8 @@ def test_attention_is_described_for_every_block_and_both_means(measured):
 
 def test_masks_and_predictions_are_scored(measured):
     rows = json.loads((measured / "out/masks.json").read_text())["rows"]
-    assert {(r["row"], r["column"]) for r in rows} == {(n, c) for n in ("CAM", "AD-CAM, pull") for c in ("seed", "pseudo", "segmentation")} | {("ground truth", "segmentation")}
+    assert ({(r["row"], r["column"]) for r in rows}
+            == {(n, c) for n in ("CAM", "AD-CAM, pull") for c in ("seed", "pseudo", "segmentation")} | {("ground truth", "segmentation")})
 
 
 def test_counting_on_the_device_is_counting_by_sweep():
@@ -128,11 +135,49 @@ def test_an_empty_folder_of_counts_says_how_to_make_them(tmp_path):
         load_counts(tmp_path)
 
 
+def paper(name, out, cache=None, **parameters):
+    "Run a figure notebook and return what it wrote"
+    env = dict(os.environ, ADCAM_CACHE=str(cache or out / "cache"), OMP_NUM_THREADS="1")
+    given = [w for n, v in parameters.items() for w in ("-p", n, str(v))]
+    run = subprocess.run([sys.executable, "-m", "papermill", "-k", "python3", "--no-progress-bar", str(ROOT / f"nbs/paper/{name}.ipynb"), str(out / "run.ipynb"), *given, "-p", "out_dir", str(out / "out")],
+                         capture_output=True, text=True, env=env, cwd=out)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return load_result(name, out / "out")
+
+
 @pytest.mark.parametrize("name", ["table3", "fig4", "fig5", "fig6"])
 def test_figures_are_drawn_from_counts_alone(name, measured, tmp_path):
-    env = dict(os.environ, ADCAM_CACHE=str(tmp_path / "cache"), OMP_NUM_THREADS="1")
-    run = subprocess.run([sys.executable, "-m", "papermill", "-k", "python3", "--no-progress-bar", str(ROOT / f"nbs/paper/{name}.ipynb"), str(tmp_path / "run.ipynb"), "-p", "counts", str(measured / "out"), "-p", "out_dir", str(tmp_path / "out")],
-                         capture_output=True, text=True, env=env, cwd=tmp_path)
-    assert run.returncode == 0, run.stderr[-3000:]
-    body = json.loads((tmp_path / f"out/{name}.json").read_text())
+    body = paper(name, tmp_path, counts=measured / "out")
     assert body["rows"] and body["ledger"] and not list((tmp_path / "out").glob("photo_*"))
+
+
+def test_a_folder_and_networks_give_what_their_counts_give(measured, tmp_path):
+    work, cache = measured / "work", tmp_path / "cache"
+    weights = ",".join(str(work / f"cnn_seed{s}.safetensors") for s in range(3))
+    given = dict(data=work / "voc", network="test_resnet+test_vit", weights=weights, vit_weights=work / "vit.safetensors", lists="val,train", k=5, most_k=20)
+    for name in ("table3", "fig5"): (tmp_path / name).mkdir()
+    body = paper("table3", tmp_path / "table3", cache, **given)
+    point = lambda rows: {(r["split"], r["seed"], r["blocks"], r["method"], r["direction"], r["rule"]): round(r["miou"], 6) for r in rows
+                          if r["vit"] == "frozen" and (r["method"] == "cam" or (r["method"], r["k"], r["steps"]) == ("ad_cam", 5, 2))}
+    assert point(body["rows"]) == point(counts_rows(load_counts(measured / "out")))
+    assert body["provenance"]["settings"]["data"] == "voc" and str(tmp_path) not in json.dumps({n: v for n, v in body["provenance"]["settings"].items() if n != "out_dir"})
+    chunks = {p: p.stat().st_mtime_ns for p in cache.rglob("0*.npz")}
+    paper("fig5", tmp_path / "fig5", cache, **given)                          # the next figure counts nothing, and draws the photographs
+    assert {p: p.stat().st_mtime_ns for p in cache.rglob("0*.npz")} == chunks and list((tmp_path / "fig5/out").glob("photo_fig5_*.png"))
+
+
+def test_walked_seeds_stand_beside_their_masks(measured, tmp_path):
+    folder = tmp_path / "counts"
+    shutil.copytree(measured / "out", folder)
+    masks = json.loads((folder / "masks.json").read_text())
+    for r in masks["rows"]: r["n"] = 3 if r["column"] in ("seed", "pseudo") else r["n"]  # as if only three photographs had been walked
+    (folder / "masks.json").write_text(json.dumps(masks))
+    paper("table1", tmp_path, counts=folder)
+    title, _, head, _, *lines = (tmp_path / "out/table1.md").read_text().splitlines()
+    assert "Seed 4, Seed, same photographs 3, P.L. 3" in title
+    columns = [[c.strip() for c in line.split("|")] for line in (head, *lines)]
+    place = columns[0].index("P.L.")
+    assert columns[0][place - 1] == "Seed, same photographs"
+    of = {(r["row"], r["column"]): r["miou"] for r in masks["rows"] if (r["split"], r["rule"]) == ("val", "fixed")}
+    for row in ("CAM", "AD-CAM, pull"):
+        assert [next(c for c in columns if c[1] == row)[place + i] for i in (-1, 0)] == [f"{100 * of[row, c]:.1f}" for c in ("seed", "pseudo")]
