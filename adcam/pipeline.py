@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['profiles', 'PUBLISHED', 'MEASURED_BY', 'project_root', 'results_dir', 'checkpoint_path', 'Profile', 'differences',
-           'published', 'file_sha256', 'git_commit', 'provenance', 'footer', 'output_folder', 'save_result',
-           'load_result', 'to_csv', 'to_markdown', 'Stage', 'cache_dir', 'stage', 'check_parameters', 'Point',
-           'point_maps', 'upsample', 'fit_scale', 'count', 'as_sweep', 'measure', 'summarize', 'choose_point',
-           'patch_labels', 'attention_quality', 'measure_attention', 'bench']
+           'published', 'file_sha256', 'git_commit', 'provenance', 'footer', 'output_folder', 'pack_rows',
+           'unpack_rows', 'save_result', 'load_result', 'to_csv', 'to_markdown', 'Stage', 'cache_dir', 'stage',
+           'check_parameters', 'Point', 'point_maps', 'upsample', 'fit_scale', 'count', 'as_sweep', 'measure',
+           'summarize', 'choose_point', 'patch_labels', 'attention_quality', 'measure_attention', 'bench']
 
 # %% ../nbs/13_pipeline.ipynb #0b8b44cd
 import ast, csv, difflib, hashlib, io, json, os, platform, statistics, subprocess, tempfile, time, types
@@ -264,18 +264,45 @@ def output_folder(
     _write(out / ".writable", b"").unlink()
     return out
 
+# %% ../nbs/13_pipeline.ipynb #375c8fc3
+def pack_rows(
+    rows: list[dict],  # all with the same keys
+    digits: int = 6,   # decimals that are kept of a fraction
+) -> dict:             # {"columns": {key: values}}; words as {"of": the different ones, "at": their numbers}
+    "Thousands of rows as columns, a fifth of the size"
+    columns = {n: [round(v, digits) if isinstance(v, float) else v for v in _plain([r[n] for r in rows])] for n in rows[0]}
+    words = {n: list(dict.fromkeys(v)) for n, v in columns.items() if all(isinstance(x, str) for x in v)}
+    return dict(columns={n: dict(of=words[n], at=[words[n].index(x) for x in v]) if n in words else v for n, v in columns.items()})
+
+def unpack_rows(
+    packed: dict,     # from `pack_rows`
+) -> list[dict]:      # rows
+    "The rows again"
+    columns = {n: [v["of"][i] for i in v["at"]] if isinstance(v, dict) else v for n, v in packed["columns"].items()}
+    return [dict(zip(columns, values)) for values in zip(*columns.values())]
+
+def _json(body: dict) -> str:
+    "An entry per line, packed rows with a line per column"
+    one = lambda v: json.dumps(v, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+    table = lambda v: '{"columns": {\n' + ",\n".join(f"  {one(n)}: {one(c)}" for n, c in v["columns"].items()) + "\n }}"
+    text = json.dumps(body | {"rows": []}, indent=1, allow_nan=False, ensure_ascii=False)
+    return text.removesuffix("[]\n}") + table(body["rows"]) + "\n}"
+
 # %% ../nbs/13_pipeline.ipynb #e0c7f53c
 def save_result(
     name: str,                           # e.g. "fig4"; becomes <name>.json
     rows: list[dict],                    # the numbers
     out_dir: str | Path | None = None,   # default: `results_dir()`
     origin: dict | None = None,          # from `provenance`
+    packed: bool = False,                # rows as columns, see `pack_rows`; `load_result` gives rows and summary back
     **extra,                             # further entries of the file
 ) -> Path:                               # the file
     "Write rows and their provenance as JSON, atomically. `PermissionError` if the folder cannot be written."
     path = Path(out_dir or results_dir()) / f"{name}.json"
     body = dict(name=name, provenance=origin or provenance(), **extra, rows=rows)
-    return _write(path, (json.dumps(_plain(body), indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode())
+    if packed: text = _json({n: v for n, v in _plain(body).items() if n != "summary"} | dict(rows=pack_rows(rows)))
+    else: text = json.dumps(_plain(body), indent=1, allow_nan=False, ensure_ascii=False)
+    return _write(path, f"{text}\n".encode())
 
 # %% ../nbs/13_pipeline.ipynb #33f49c58
 def load_result(
@@ -288,6 +315,7 @@ def load_result(
     try: body = json.loads(path.read_text())
     except ValueError as e: raise ValueError(f"{path} is truncated or damaged ({e}); delete it and measure {name!r} again") from e
     if not isinstance(body, dict) or not {"rows", "provenance"} <= body.keys(): raise ValueError(f"{path} is not a result of adcam (rows and provenance are missing)")
+    if isinstance(body["rows"], dict): body["rows"] = unpack_rows(body["rows"]); body["summary"] = summarize(body["rows"])
     return body
 
 # %% ../nbs/13_pipeline.ipynb #a19c2c51

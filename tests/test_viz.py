@@ -10,8 +10,8 @@ from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
 
 from adcam import cam
-from adcam.viz import (ERROR_COLORS, METHODS, METRICS, Inspector, attention_rows, colorize, error_map, inspector, method_style, overlay, overlay_mask,
-                       palette, panel, patch_at, set_style,
+from adcam.viz import (ERROR_COLORS, METHODS, METRICS, Inspector, attention_rows, colorize, drawn_palette, error_map, inspector, method_style,
+                       overlay, overlay_mask, palette, panel, patch_at, set_style,
                        show_images, show_matrix)
 
 GRAY = np.full((12, 16, 3), 128, np.uint8)
@@ -148,7 +148,7 @@ def test_overlay_mask_paints_objects_only(mask, alpha):
     out = overlay_mask(GRAY, mask, alpha)
     nothing = (mask == 0) | (mask == 255)
     assert (out[nothing] == 128).all() and out.dtype == np.uint8
-    assert np.abs(out[~nothing] - ((1 - alpha) * 128 + alpha * palette()[mask][~nothing])).max(initial=0) <= .51
+    assert np.abs(out[~nothing] - ((1 - alpha) * 128 + alpha * drawn_palette()[mask][~nothing])).max(initial=0) <= .51
 
 
 def test_panel():

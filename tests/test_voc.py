@@ -2,6 +2,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -134,12 +135,35 @@ def test_an_empty_folder_of_counts_says_how_to_make_them(tmp_path):
         load_counts(tmp_path)
 
 
+def paper(name, out, **parameters):
+    "Run a figure notebook and return what it wrote"
+    env = dict(os.environ, ADCAM_CACHE=str(out / "cache"), OMP_NUM_THREADS="1")
+    given = [w for n, v in parameters.items() for w in ("-p", n, str(v))]
+    run = subprocess.run([sys.executable, "-m", "papermill", "-k", "python3", "--no-progress-bar", str(ROOT / f"nbs/paper/{name}.ipynb"),
+                          str(out / "run.ipynb"), *given, "-p", "out_dir", str(out / "out")],
+                         capture_output=True, text=True, env=env, cwd=out)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads((out / f"out/{name}.json").read_text())
+
+
 @pytest.mark.parametrize("name", ["table3", "fig4", "fig5", "fig6"])
 def test_figures_are_drawn_from_counts_alone(name, measured, tmp_path):
-    env = dict(os.environ, ADCAM_CACHE=str(tmp_path / "cache"), OMP_NUM_THREADS="1")
-    run = subprocess.run([sys.executable, "-m", "papermill", "-k", "python3", "--no-progress-bar", str(ROOT / f"nbs/paper/{name}.ipynb"),
-                          str(tmp_path / "run.ipynb"), "-p", "counts", str(measured / "out"), "-p", "out_dir", str(tmp_path / "out")],
-                         capture_output=True, text=True, env=env, cwd=tmp_path)
-    assert run.returncode == 0, run.stderr[-3000:]
-    body = json.loads((tmp_path / f"out/{name}.json").read_text())
+    body = paper(name, tmp_path, counts=measured / "out")
     assert body["rows"] and body["ledger"] and not list((tmp_path / "out").glob("photo_*"))
+
+
+def test_walked_seeds_stand_beside_their_masks(measured, tmp_path):
+    folder = tmp_path / "counts"
+    shutil.copytree(measured / "out", folder)
+    masks = json.loads((folder / "masks.json").read_text())
+    for r in masks["rows"]: r["n"] = 3 if r["column"] in ("seed", "pseudo") else r["n"]  # as if only three photographs had been walked
+    (folder / "masks.json").write_text(json.dumps(masks))
+    paper("table1", tmp_path, counts=folder)
+    title, _, head, _, *lines = (tmp_path / "out/table1.md").read_text().splitlines()
+    assert "Seed 4, Seed, same photographs 3, P.L. 3" in title
+    columns = [[c.strip() for c in line.split("|")] for line in (head, *lines)]
+    place = columns[0].index("P.L.")
+    assert columns[0][place - 1] == "Seed, same photographs"
+    of = {(r["row"], r["column"]): r["miou"] for r in masks["rows"] if (r["split"], r["rule"]) == ("val", "fixed")}
+    for row in ("CAM", "AD-CAM, pull"):
+        assert [next(c for c in columns if c[1] == row)[place + i] for i in (-1, 0)] == [f"{100 * of[row, c]:.1f}" for c in ("seed", "pseudo")]

@@ -40,7 +40,10 @@ REPORTS = re.compile(r"What came out|committed run")  # a cell with these words 
 
 @cache
 def load(path: str):
-    return json.loads((ROOT / path).read_text(encoding="utf-8"))
+    data = json.loads((ROOT / path).read_text(encoding="utf-8"))
+    if not isinstance(data.get("rows"), dict): return data
+    from adcam.pipeline import load_result  # rows that are kept as columns
+    return load_result((ROOT / path).stem, (ROOT / path).parent)
 
 
 def matches(row: dict, word: str) -> bool:
