@@ -139,7 +139,8 @@ def paper(name, out, cache=None, **parameters):
     "Run a figure notebook and return what it wrote"
     env = dict(os.environ, ADCAM_CACHE=str(cache or out / "cache"), OMP_NUM_THREADS="1")
     given = [w for n, v in parameters.items() for w in ("-p", n, str(v))]
-    run = subprocess.run([sys.executable, "-m", "papermill", "-k", "python3", "--no-progress-bar", str(ROOT / f"nbs/paper/{name}.ipynb"), str(out / "run.ipynb"), *given, "-p", "out_dir", str(out / "out")],
+    run = subprocess.run([sys.executable, "-m", "papermill", "-k", "python3", "--no-progress-bar", str(ROOT / f"nbs/paper/{name}.ipynb"),
+                          str(out / "run.ipynb"), *given, "-p", "out_dir", str(out / "out")],
                          capture_output=True, text=True, env=env, cwd=out)
     assert run.returncode == 0, run.stderr[-3000:]
     return load_result(name, out / "out")
