@@ -49,10 +49,13 @@ def pair_labels(
 # %% ../nbs/10c_boundaries.ipynb #c14f2b5d
 def _displacement_sums(dp, bg, fg, radius):
     "Sums over P_fg and P_bg of the L1 distance of displacement differences: two scalars"
-    table, flat = pair_tables(radius, tuple(dp.shape[-2:]), str(dp.device)), dp.flatten(2)          # (B,2,hw)
-    gap = flat[..., table.src].unsqueeze(2) - flat[..., table.to]                               # (B,2,n,s) D_i - D_j
+    table, width = pair_tables(radius, tuple(dp.shape[-2:]), str(dp.device)), 2*radius - 1
+    boxes = F.unfold(dp, (radius, width)).unflatten(1, (2, -1))                                 # (B,2,r*width,s)
+    place = table.dst[:, 0]*width + table.dst[:, 1] + radius - 1                                # (n,) of the neighbors in a box
+    gap = boxes[:, :, radius - 1, None] - boxes.index_select(2, place)                          # (B,2,n,s) D_i - D_j
     want = table.dst.T.to(gap)[None, :, :, None]                                                # (1,2,n,1) x_j - x_i
     return ((gap - want).abs()*fg[:, None]).sum(), (gap.abs()*bg[:, None]).sum()
+
 
 # %% ../nbs/10c_boundaries.ipynb #0f595488
 def irn_loss(

@@ -392,12 +392,14 @@ def maps(self:TwoBranch,
          x:Tensor, # (B,3,H,W) images, ImageNet-normalized; H and W multiples of `stride`
          *,
          reduce:str|None=None, # "mean": attn is the mean over `layers`, (B,1,1+N,1+N); memory does not grow with their number
-         layers=None # blocks to read: None = all, a number n = the last n, or a list of indices
+         layers=None, # blocks to read: None = all, a number n = the last n, or a list of indices
+         weight:Tensor|None=None # (K,C) rows of a classifier that are wanted as maps; None: those of the CNN's head
         ) -> Maps: # cam (B,K,h,w) on the token grid, attn (B,L,1+N,1+N), conv_logits, trans_logits
     "Everything a CAM method needs; under `torch.no_grad()` unless gradients are wanted"
     xc, xv = self._inputs(x)
     conv = self._conv(xc)                                                # (B,C,h',w')
-    cam = F.conv2d(conv, self.conv_cls_head.weight[:, :, None, None])    # (B,K,h',w') no bias, no ReLU
+    rows = self.conv_cls_head.weight if weight is None else weight       # (K,C)
+    cam = F.conv2d(conv, rows[:, :, None, None])                         # (B,K,h',w') no bias, no ReLU
     tokens, attn = read_attention(self.vit, xv, layers, reduce)          # (B,P+N,D), (B,L,1+N,1+N)
     return Maps(_to_grid(cam, self.grid(x.shape[2:])), attn, *self.heads(conv, pooled_tokens(self.vit, tokens)[:, None]))
 

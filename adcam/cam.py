@@ -80,9 +80,9 @@ def blocks_of(
 def _block_sum(blocks, change=lambda A: A):
     "Sum over blocks (B,1+N,1+N) of the attention between patches, each one changed before, in float64: (B,N,N)"
     total = None
-    for block in blocks:
+    for i, block in enumerate(blocks):
         cut = change(_wide(block[:, 1:, 1:]))                            # (B,N,N)
-        total = cut.clone() if total is None else total.add_(cut)        # (B,N,N)
+        total = cut if i == 0 else total + cut if i == 1 else total.add_(cut)  # (B,N,N); of one block it is a view
     return total
 
 # %% ../nbs/05_cam.ipynb #3588a1a0
@@ -96,7 +96,8 @@ def patch_attention(
     blocks = blocks_of(_check_attention(attn), layers).unbind(1)              # L times (B,1+N,1+N)
     A = _block_sum(blocks, _unit_rows if renorm == "per_layer" else lambda A: A)  # (B,N,N)
     if len(blocks) > 1: A.div_(len(blocks))                                       # (B,N,N)
-    return _unit_rows(A, own=True) if renorm == "after_mean" else A
+    if renorm == "after_mean": return _unit_rows(A, own=len(blocks) > 1)
+    return A if len(blocks) > 1 else A.clone()
 
 # %% ../nbs/05_cam.ipynb #f2e45249
 def _check_square(A, name):

@@ -496,11 +496,13 @@ def _fit_heads(model, f, c):
     optimizer, lbfgs, seen = _solver(params.values(), c), c.solver=="lbfgs", []
     def closure():
         optimizer.zero_grad()
-        conv, trans = (bce_loss(z, f.labels) for z in model.heads(f.conv[:, :, None, None], f.token[:, None]))  # (n,K) each
+        logits = model.heads(f.conv[:, :, None, None], f.token[:, None])  # (n,K) of the CNN and of the ViT; None where a branch has no head
+        losses = {name: bce_loss(z, f.labels) for name, z in zip(("conv", "trans"), logits) if z is not None}
+        loss = sum(losses.values())
         size = sum(p.square().sum() for n, p in params.items() if n.endswith("weight"))
-        total = conv + trans + (c.weight_decay/2*size if lbfgs else 0.)
+        total = loss + (c.weight_decay/2*size if lbfgs else 0.)
         total.backward()
-        seen.append((total.item(), dict(loss=(conv+trans).item(), conv=conv.item(), trans=trans.item())))
+        seen.append((total.item(), dict(loss=loss.item(), **{name: v.item() for name, v in losses.items()})))
         if not math.isfinite(seen[-1][0]): raise FloatingPointError(f"the loss became {seen[-1][0]} in step {len(seen)}; lower lr ({c.lr}), or check the images for NaN")
         return total
     for _ in range(1 if lbfgs else c.steps): optimizer.step(closure)

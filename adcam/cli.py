@@ -570,7 +570,7 @@ def import_command(
     done = import_masks(source, out, form.value, _class_list(classes), images, split, progress=sys.stderr.isatty())
     typer.echo(f"{len(done.ids)} photographs with masks of {len(done.classes)} classes in {out}; `adcam segment train --data voc:{out} --split {split}` reads them")
     if done.empty:
-        typer.echo(f"{len(done.empty)} masks have no object, first {done.empty[0]}")
+        typer.echo(f"{len(done.empty)} mask{'s have' if len(done.empty) > 1 else ' has'} no object, first {done.empty[0]}")
     _tell_skipped(done.skipped, len(done.ids) + len(done.skipped))
 
 # %% ../nbs/14_cli.ipynb #11d8bc29
@@ -655,7 +655,7 @@ def train_heads(
     from adcam import conformer
     from adcam.devices import pick_device
     from adcam.classifier import HeadsConfig, cached_features, train_heads as fit
-    from adcam.learned import held_out_logits, judge, warning
+    from adcam.learned import choose_penalty, judge, warning
     from adcam.networks import save_trained
     ds, skipped = _dataset(data, split, n, masks=False)
     model = _two_branches(network, len(ds.classes), cnn_weights, vit_weights)
@@ -664,9 +664,12 @@ def train_heads(
         conformer.load_pretrained(model, start)
     config, model = HeadsConfig(size=size, solver=solver), model.to(pick_device(device))
     features = cached_features(model, ds, size, batch=config.batch, cache=out)
-    found = judge(held_out_logits(model, features, config), features.labels.numpy()) if len(ds) > 1 else None
+    found = None
+    if len(ds) > 1:
+        config, logits = choose_penalty(model, features, config)
+        found = judge(logits, features.labels.numpy())
     history = fit(model, features, config)
-    typer.echo(f"{len(history)} steps, loss {history[0]['loss']:.3f} -> {history[-1]['loss']:.3f}; wrote {save_trained(model, out / 'weights.safetensors', network, classes=list(ds.classes))}")
+    typer.echo(f"{len(history)} steps, penalty {config.weight_decay:g}, loss {history[0]['loss']:.3f} -> {history[-1]['loss']:.3f}; wrote {save_trained(model, out / 'weights.safetensors', network, classes=list(ds.classes))}")
     if found is not None:
         typer.echo(f"{found}")
         if text := warning(found):
@@ -1142,7 +1145,8 @@ def own_masks(
     folder: Annotated[str, typer.Argument(help="Folder of photographs, with labels.csv or a sub-folder per class; or a folder in VOC layout.")],
     out: Annotated[Optional[Path], typer.Option(help="Folder of the run, outside of FOLDER; FOLDER-masks beside it if not given. The masks are in OUT/masks.")] = None,
     labels: Annotated[Optional[Path], typer.Option(help="Table of labels: header `id,labels`, a line `PHOTO,class;class` per photograph. FOLDER/labels.csv if not given.")] = None,
-    classes: Annotated[str, typer.Option(help='Groups of ImageNet classes, "bus=minibus,school bus;cat": nothing is trained. Without labels, ImageNet also says what is where.')] = "",
+    classes: Annotated[str, typer.Option(help='Groups of ImageNet classes, "bus=minibus,school bus;cat": only these, and nothing is trained. Without labels, ImageNet also says what is where.')] = "",
+    heads: Annotated[Optional[str], typer.Option(help="Whose class maps, with labels: imagenet, trained (on your photographs), or auto, which takes the better; with --classes, auto keeps the other classes. auto, or imagenet with --classes, if not given.")] = None,
     network: Annotated[str, typer.Option(help="A pair CNN+VIT of timm's names; mini for Scenes.")] = _OWN,
     cnn_weights: CnnWeights = None, vit_weights: VitWeights = None,
     random_weights: Annotated[bool, typer.Option("--random-weights", help="No weights at all, to try the command.")] = False,
@@ -1163,7 +1167,7 @@ def own_masks(
     "Masks for a folder of photographs, with public networks. A run that was stopped continues."
     from adcam.masks import make_masks
     out = out or Path("scenes-masks" if folder == "mini" else f"{folder.rstrip('/')}-masks")
-    done = make_masks(folder, out, labels=labels, classes=classes, network=network, cnn_weights=cnn_weights, vit_weights=vit_weights, random_weights=random_weights, size=size,
+    done = make_masks(folder, out, labels=labels, classes=classes, heads=heads, network=network, cnn_weights=cnn_weights, vit_weights=vit_weights, random_weights=random_weights, size=size,
                       threshold=threshold, crf=crf, refine=refine, change=change or [], split=split, budget=_budget(only_estimate, anyway), limit=limit,
                       progress=sys.stderr.isatty(), device=device, method=method, seed=seed, processes=processes, force=force)
     typer.echo(f"labels: {done.opened.table}" + (f"; not in --classes: {', '.join(done.opened.ds.left_out)}" if done.opened.ds.left_out else ""))

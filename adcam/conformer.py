@@ -54,9 +54,15 @@ class ConvBlock(nn.Module):
 
 # %% ../nbs/03_conformer.ipynb #8f17092f
 _WHOLE, _PIECE = 2**20, 2**18  # attention of an image with more entries than _WHOLE is computed in pieces of _PIECE entries (1 MB in float32)
-_GPU = 2**30                   # on a GPU only a batch with more entries than this is (4 GB in float32)
+_GPU = 2**30                   # on a GPU pieces have this many (4 GB in float32); of a batch with more, some images at a time
 
 # %% ../nbs/03_conformer.ipynb #8f167002
+def _seen(q, k, v, bias, scale, dropout):
+    z = (scale*q) @ k.mT                                                 # (b,heads,n,n)
+    a = (z if bias is None else z + bias).softmax(-1).to(v.dtype)        # (b,heads,n,n), rows sum to 1
+    mean = a.mean(1, dtype=torch.promote_types(a.dtype, torch.float32))  # (b,n,n)
+    return (F.dropout(a, dropout) if dropout else a) @ v, mean
+
 def whole_attention(q:Tensor, # (B,heads,n,d)
                     k:Tensor, # (B,heads,n,d)
                     v:Tensor, # (B,heads,n,d)
@@ -64,12 +70,13 @@ def whole_attention(q:Tensor, # (B,heads,n,d)
                     bias:Tensor|None=None, # (B,heads,n,n) added to the scores
                     dropout:float=0. # share of the attention that is dropped for the values; the mean is taken before
                    ) -> tuple[Tensor,Tensor]: # values (B,heads,n,d) and head mean of the attention (B,n,n), at least float32
-    "Attention of all heads and rows at once: few large operations, for a GPU"
-    with torch.autocast(q.device.type, enabled=False):                       # no casts to and fro
-        z = (scale*q) @ k.mT                                                 # (B,heads,n,n)
-        a = (z if bias is None else z + bias).softmax(-1).to(v.dtype)        # (B,heads,n,n), rows sum to 1
-        mean = a.mean(1, dtype=torch.promote_types(a.dtype, torch.float32))  # (B,n,n)
-        return (F.dropout(a, dropout) if dropout else a) @ v, mean
+    "Attention of all heads and rows at once, of as many images as fit: few large operations, for a GPU"
+    b = max(1, _GPU//(q.shape[1]*q.shape[2]*k.shape[2]))                    # images at a time
+    parts = zip(q.split(b), k.split(b), v.split(b), [None]*len(q) if bias is None else bias.split(b))
+    with torch.autocast(q.device.type, enabled=False):                      # no casts to and fro
+        out = [_seen(*part, scale, dropout) for part in parts]
+    return out[0] if len(out)==1 else tuple(map(torch.cat, zip(*out)))      # (B,heads,n,d), (B,n,n)
+
 
 # %% ../nbs/03_conformer.ipynb #2c40b740
 class Attention(nn.Module):
@@ -96,12 +103,13 @@ class Attention(nn.Module):
         return self.proj(y.transpose(1, 2).reshape(B, n, D)), mean
 
     def _at_once(self, t): # (B,n,D)
-        return t.is_cuda and self.heads*len(t)*t.shape[1]**2 <= _GPU if self.whole is None else self.whole
+        return (t.is_cuda if self.whole is None else self.whole) and self.heads*t.shape[1]**2 <= _GPU
 
     def explicit(self, q, k, v): # each (B,heads,n,d)
         "Values (B,heads,n,d) and head mean of the attention (B,n,n), some rows at a time if there are many"
         n, wide, ys, means = q.shape[2], torch.promote_types(q.dtype, torch.float32), [], []
-        rows = n if self.heads*n*n <= _WHOLE else max(1, _PIECE//(self.heads*n))
+        whole, piece = (0, _GPU//len(q)) if q.is_cuda else (_WHOLE, _PIECE)
+        rows = n if self.heads*n*n <= whole else max(1, piece//(self.heads*n))
         q, k, v = self.scale*q, k.transpose(-2, -1).contiguous(), v.contiguous()  # (B,heads,n,d), (B,heads,d,n), (B,heads,n,d)
         for part in q.split(rows, 2):                                            # (B,heads,rows,d)
             a = (part @ k).softmax(-1, dtype=wide)                               # (B,heads,rows,n), rows sum to 1

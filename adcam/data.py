@@ -1165,7 +1165,7 @@ def random_resize_long(image:np.ndarray, # (H,W,3) uint8
                        low:int, high:int, # range of the long side in pixels, both ends included
                        rng:np.random.Generator # one draw
                       ) -> np.ndarray: # (h,w,3) uint8
-    "IRN's step 1: a random whole number as long side, bicubic, aspect kept (B.16)"
+    "IRN's step 1: a random whole number as long side, bicubic, aspect kept"
     h, w = _scaled(*image.shape[:2], int(rng.integers(low, high+1)))
     return np.asarray(Image.fromarray(image).resize((w, h), Image.Resampling.BICUBIC))
 

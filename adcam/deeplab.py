@@ -209,7 +209,7 @@ def shrink_labels(
     return F.interpolate(labels[:, None].float(), tuple(size), mode="nearest-exact")[:, 0].long()
 
 # %% ../nbs/12_deeplab.ipynb #cd758640
-def _mean(losses, chosen): return losses[chosen].sum()/chosen.sum().clamp(min=1)  # 0 if none is chosen
+def _mean(losses, chosen): return losses.where(chosen, 0).sum()/chosen.sum().clamp(min=1)  # 0 if none is chosen; losses[chosen] would wait for a GPU
 
 def pixel_loss(
     logits: Tensor,          # (B,C,h,w)
@@ -229,9 +229,9 @@ def scale_losses(
     balanced: bool = False,           # see `pixel_loss`
     ignore: int = 255,                # value of pixels that do not count
 ) -> Tensor:                          # (n,) one loss per scale
-    "Cross-entropy against the labels at the size of each logit map. ValueError as `check_labels`."
+    "Cross-entropy against the labels at the size of each logit map. ValueError as `check_labels` for labels on the CPU; to look at those on a GPU would make it wait"
     logits = [logits] if isinstance(logits, Tensor) else logits
-    check_labels(labels, logits[0].shape[1], ignore)
+    if not labels.is_cuda: check_labels(labels, logits[0].shape[1], ignore)
     return torch.stack([pixel_loss(z, shrink_labels(labels, z.shape[-2:]), balanced, ignore) for z in logits])
 
 # %% ../nbs/12_deeplab.ipynb #4059a419

@@ -69,6 +69,7 @@ def simplified(
 # %% ../nbs/12c_export.ipynb #93f63bbf
 BACKGROUND, IGNORE = "_background_", "__ignore__"  # labelme's own names for 0 and 255
 
+# %% ../nbs/12c_export.ipynb #4419125a
 class Region(NamedTuple):
     "A connected part of a mask"
     number: int          # 0 background, 1..K, 255 undecided
@@ -76,12 +77,14 @@ class Region(NamedTuple):
     filled: np.ndarray   # (h,w) bool, holes filled
     pixels: np.ndarray   # (h,w) bool
 
+# %% ../nbs/12c_export.ipynb #6b20835f
 def regions(mask, number: int) -> list[Region]:
     "Connected regions (by edges) of one number"
     labels, _ = ndimage.label(mask == number)                                        # (H,W)
     parts = [(place, labels[place] == n) for n, place in enumerate(ndimage.find_objects(labels), 1)]
     return [Region(number, place, ndimage.binary_fill_holes(p), p) for place, p in parts]
 
+# %% ../nbs/12c_export.ipynb #eac98104
 def layers(
     mask: np.ndarray,    # (H,W) uint8
 ) -> list[Region]:       # in painting order
@@ -104,6 +107,7 @@ def polygons(
     corner = lambda r: (r.place[1].start, r.place[0].start)                          # x, y of the region's box
     return [(r.number, simplified(p, tolerance) + corner(r)) for r in layers(mask) for p in outline(r.filled)]
 
+# %% ../nbs/12c_export.ipynb #0348f262
 def painted(
     shapes: Iterable,        # of (number, (n,2) corners) or (number, (H,W) bool)
     size: tuple[int, int],   # (H,W)
@@ -134,12 +138,14 @@ def without_specks(
 # %% ../nbs/12c_export.ipynb #a4118978
 FORMATS = ("coco", "labelme", "cvat", "voc")
 
+# %% ../nbs/12c_export.ipynb #0aaf8dd0
 class Marked(NamedTuple):
     "A photograph and its mask, on the way out"
     id: str
     name: str            # file name of the photograph in the export
     mask: np.ndarray     # (H,W) uint8
 
+# %% ../nbs/12c_export.ipynb #6f950c98
 def _source(ds, i):
     "File of a photograph, or None for one that is drawn on demand"
     while isinstance(ds, Subset): ds, i = ds.ds, ds.indices[i]
@@ -148,6 +154,7 @@ def _source(ds, i):
 def _is_turned(path):
     with Image.open(path) as im: return orientation(im) != 1
 
+# %% ../nbs/12c_export.ipynb #2e0dcbc4
 def save_photo(
     folder: Path,           # to be written to
     name: str,              # id of the image
@@ -171,6 +178,7 @@ def runs_of(
     flat = np.concatenate([[False], region.ravel(), [not region.ravel()[-1]]])
     return np.diff(np.flatnonzero(flat[1:] != flat[:-1]), prepend=0).tolist()
 
+# %% ../nbs/12c_export.ipynb #e862c71e
 def from_runs(
     runs: list,              # lengths
     size: tuple[int, int],   # (h,w)
@@ -186,6 +194,7 @@ def _rle(region):
     rle = m.encode(np.asfortranarray(region, np.uint8))
     return dict(size=[int(n) for n in rle["size"]], counts=rle["counts"].decode())
 
+# %% ../nbs/12c_export.ipynb #cc793064
 def _coco(marked, classes, out, split, **_):
     "annotations/instances_SPLIT.json"
     from pycocotools import mask as m
@@ -200,11 +209,13 @@ def _coco(marked, classes, out, split, **_):
     _write(out/f"annotations/instances_{split}.json", dict(info=dict(description="masks exported by adcam"), licenses=[], images=images, annotations=annotations, categories=categories))
     return len(annotations)
 
+# %% ../nbs/12c_export.ipynb #bb92cf23
 def _write(path, content): atomic_write(path, lambda f: f.write(json.dumps(content, ensure_ascii=False).encode()))
 
 # %% ../nbs/12c_export.ipynb #38871936
 def _name(number, classes): return {0: BACKGROUND, 255: IGNORE}.get(number) or classes[number - 1]
 
+# %% ../nbs/12c_export.ipynb #8ff2de69
 def _labelme(marked, classes, out, tolerance, **_):
     "ID.json per photograph"
     shapes = 0
@@ -220,6 +231,7 @@ def _labelme(marked, classes, out, tolerance, **_):
 def _cvat_labels(classes):
     return [dict(name=n, color="#{:02x}{:02x}{:02x}".format(*palette()[c]), type="any", attributes=[]) for c, n in [*enumerate(classes, 1), (255, IGNORE)]]
 
+# %% ../nbs/12c_export.ipynb #139f5a74
 def _cvat(marked, classes, out, **_):
     "annotations.xml, CVAT for images 1.1, and labels.json"
     root, shapes = ET.Element("annotations"), 0
@@ -257,6 +269,7 @@ def _voc(marked, classes, out, split, **_):
 
 def _lines(path, lines): atomic_write(path, lambda f: f.write("".join(f"{x}\n" for x in lines).encode()))
 
+# %% ../nbs/12c_export.ipynb #78ed0a60
 _WRITE = dict(coco=_coco, labelme=_labelme, cvat=_cvat, voc=_voc)
 _PHOTOS = dict(coco="images/{split}", labelme="", cvat="images", voc="JPEGImages")  # where photographs go
 
@@ -269,10 +282,12 @@ class Exported(NamedTuple):
     skipped: list    # (id, reason)
     specks: int = 0  # small regions that went to what surrounds them
 
+# %% ../nbs/12c_export.ipynb #c47614cb
 def _refuse_full(out):
     "An export never mixes with what is there"
     if out.is_dir() and any(not p.name.startswith(".") for p in out.iterdir()): raise ValueError(f"{out} is not empty; choose a new folder, so that nothing is replaced")
 
+# %% ../nbs/12c_export.ipynb #e1a96e1e
 def _marked(ds, folder, photos, done, skipped, min_area):
     "Photographs and masks one by one; a bad one is noted"
     for i in range(len(ds)):
@@ -319,6 +334,7 @@ class Correction(NamedTuple):
     mask: Callable         # (H,W) -> (H,W) uint8; raises `ValueError` in words
     data: bytes|None = None  # the photograph itself, where a tool puts it into its file
 
+# %% ../nbs/12c_export.ipynb #bf90ada7
 _ZERO = ("background", BACKGROUND, "__background__", "bg")                    # as tools and people write 0
 _VOID = (IGNORE, "_ignore_", "ignore", "__void__", "_void_", "void")          # and 255
 
@@ -326,6 +342,7 @@ def is_class(name: str) -> bool:
     "Does a name mean a class, and neither background nor undecided pixels?"
     return name.strip().lower() not in _ZERO + _VOID
 
+# %% ../nbs/12c_export.ipynb #e625d4b5
 def number_of(
     label: str,       # as a person wrote it
     classes: tuple,   # K names
@@ -344,12 +361,14 @@ def _named(path):
     try: return [line for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError as e: raise ValueError(f"{path} is not UTF-8 text; save it as UTF-8") from e
 
+# %% ../nbs/12c_export.ipynb #5e223d44
 def _json(path, what):
     try: found = json.loads(Path(path).read_bytes())
     except (ValueError, RecursionError) as e: raise ValueError(f"cannot read {what} {path}: {e}") from e
     if not isinstance(found, dict): raise ValueError(f"{path} is no {what}: it holds {type(found).__name__}")
     return found
 
+# %% ../nbs/12c_export.ipynb #a790df40
 def _labelme_shape(s, size):
     "Corners or pixels of a shape"
     p, kind = _corners(s["points"]), s.get("shape_type", "polygon")
@@ -364,6 +383,7 @@ def _labelme_shape(s, size):
         return out
     raise ValueError(f"is a {kind} of {len(p)} points, which covers no pixels")
 
+# %% ../nbs/12c_export.ipynb #6b1f0fc7
 def _place(top, left, part, size):
     "Slices of a box of (h,w) in a picture"
     (h, w), (H, W) = part, size
@@ -384,6 +404,7 @@ def _shapes(items, size, classes, read):
         try: yield number, read(s, size)
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as e: raise ValueError(f"shape {n} ({label}) {str(e) if isinstance(e, ValueError) else f'is damaged ({e!r})'}") from e
 
+# %% ../nbs/12c_export.ipynb #c0ca239c
 def _one_labelme(path, classes):
     d = _json(path, "labelme file")
     if not isinstance(d.get("shapes"), list) or not all(isinstance(s, dict) for s in d["shapes"]): raise ValueError(f"{path} is no labelme file: it has no list of shapes")
@@ -393,6 +414,7 @@ def _one_labelme(path, classes):
     return Correction(path.stem, str(d.get("imagePath") or path.stem), size if all(isinstance(v, int) for v in size) else None,
                       lambda size: painted(_shapes(items, size, classes, _labelme_shape), size), data)
 
+# %% ../nbs/12c_export.ipynb #ed182d48
 def _from_labelme(source, classes, skipped, **_):
     "A folder of ID.json"
     files = sorted(source.glob("[!.]*.json")) if source.is_dir() else [source]
@@ -413,18 +435,21 @@ def _the_one(source, pattern, what):
     if len(found) != 1: raise ValueError(f"{source} holds {len(found) or 'no'} {what}{'s: ' + ', '.join(p.name for p in found[:5]) if found else ''}; name one")
     return found[0]
 
+# %% ../nbs/12c_export.ipynb #604dff18
 def _translated(mask, names, classes, where):
     "From numbers of one list of names to those of another; 0 and 255 stay"
     table = np.arange(256, dtype=np.uint8)
     for v in sorted({int(v) for v in np.unique(mask)} - {0, 255}): table[v] = number_of(names[v - 1], classes, f"{where} {v}")
     return table[mask]
 
+# %% ../nbs/12c_export.ipynb #21af8f7a
 def _coco_mask(coco, i, names, classes, size):
     "Objects, and the undecided pixels where no object was drawn over them"
     mask, ignore = _translated(coco_mask(coco, i, size), names, classes, "category"), coco.imgs[i].get("ignore")
     if isinstance(ignore, dict): mask[from_runs(ignore.get("counts") or [], mask.shape[::-1]).T & (mask == 0)] = 255   # column by column
     return mask
 
+# %% ../nbs/12c_export.ipynb #ad791f82
 def _from_coco(source, classes, **_):
     path = _the_one(source, "*.json", "JSON file")
     coco = read_coco(path)
@@ -448,12 +473,14 @@ def _cvat_shape(e, size):
     out[place] = from_runs([int(v) for v in e.get("rle").split(",")], (h, w))
     return out
 
+# %% ../nbs/12c_export.ipynb #e7362955
 def _one_cvat(e, classes):
     name, size = e.get("name") or "", (e.get("height") or "", e.get("width") or "")
     if not name or not all(v.isdecimal() for v in size): raise ValueError("the image has no name, width or height")
     items = sorted(((s.get("label"), s) for s in e if s.tag != "tag"), key=lambda x: int(x[1].get("z_order") or 0))
     return Correction(Path(name).stem, name, tuple(map(int, size)), lambda size: painted(_shapes(items, size, classes, _cvat_shape), size))
 
+# %% ../nbs/12c_export.ipynb #1b65511c
 def _from_cvat(source, classes, skipped, **_):
     path = _the_one(source, "*.xml", "XML file")
     try: root = ET.parse(path).getroot()
@@ -475,6 +502,7 @@ def _labelmap(path):
     try: return {tuple(int(v) for v in r[1].split(",")): r[0] for r in rows}
     except (IndexError, ValueError) as e: raise ValueError(f"{path} is no label map: expected lines such as cat:64,0,0::") from e
 
+# %% ../nbs/12c_export.ipynb #27c85762
 def _colored(path, colors, classes, size):
     "An RGB picture of colors -> class numbers"
     rgb = read_image(path)                                                           # (H,W,3)
@@ -487,6 +515,7 @@ def _colored(path, colors, classes, size):
         mask[code == v] = number_of(colors[color], classes, f"color {color}")
     return mask
 
+# %% ../nbs/12c_export.ipynb #5d780f52
 def _from_voc(source, classes, split, **_):
     if not (source/"SegmentationClass").is_dir(): raise FileNotFoundError(f"no folder {source/'SegmentationClass'}; name the one that holds it")
     colors = _labelmap(source/"labelmap.txt") if (source/"labelmap.txt").is_file() else {}
@@ -508,6 +537,7 @@ _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 def _nfc(name): return unicodedata.normalize("NFC", name).replace("\\", "/")           # macOS writes é as two characters
 
+# %% ../nbs/12c_export.ipynb #93e734fc
 def _photographs(folders, leave):
     "{name and stem: path} of all pictures below some folders, but for masks"
     found = {}
@@ -517,6 +547,7 @@ def _photographs(folders, leave):
                 for key in (_nfc(p.name), _nfc(p.stem)): found.setdefault(key, p)
     return found
 
+# %% ../nbs/12c_export.ipynb #de8e326c
 def _photo(c, there, upright):
     "(file or None, pixels) of the photograph of a correction"
     name = _nfc(c.photo).rsplit("/", 1)[-1]
@@ -539,6 +570,7 @@ def _opened(source):
         except zipfile.BadZipFile as e: raise ValueError(f"cannot read {source}: {e}. Download it again") from e
         yield Path(folder)
 
+# %% ../nbs/12c_export.ipynb #a0e369b9
 class Imported(NamedTuple):
     "What `import_masks` did"
     ids: list        # in the new data set
@@ -575,6 +607,7 @@ def import_masks(
     _lines(out/"classes.txt", classes)
     return Imported(ids, classes, skipped, empty)
 
+# %% ../nbs/12c_export.ipynb #e3f2614e
 def _take(c, there, out, classes, upright, taken):
     "Write photograph and mask of one image; is there an object?"
     name = _nfc(c.id)

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from . import conformer
 from .baselines.psa import PSA_MINI, SETTINGS as PSA_SETTINGS, AffinityConfig, AffinityNet, make_affinity_masks, make_affinity_scores, train_affinity
-from .classifier import HeadsConfig, TrainConfig, cached_features, save_weights, train, train_heads
+from .classifier import HeadsConfig, TrainConfig, cached_features, save_weights, train, train_heads, whole_image
 from .cnn import mini_path, resnet_mini
 from .cost import Cost, Estimate, approve, measure, memory_left, plan_probe, probe_seeds
 from .data import Skipped, Subset, check_agreement, chosen, has_mask, mask_of, open_data, read_mask
@@ -27,8 +27,8 @@ from .files import one_at_a_time, read_json
 from .deeplab import DeepLabV2, deeplabv2_mini, init_deeplab, upernet, upernet_mini
 from .devices import check_precision, numerics, pick_device
 from .evaluation import Sweep, seed_mask, side_by_side
-from .irnet import CnnStages, IRNet, IRNetConfig, ResNet50Stages, ResNetStages, edge_map, files_from_seeds, make_ir_labels, make_pseudo_masks, random_walk, save_mask, smooth_mask, train_irnet
-from .learned import Learned, held_out_logits, judge, learned, warning
+from .irnet import CnnStages, IRNet, IRNetConfig, ResNet50Stages, ResNetStages, edge_map, files_from_seeds, irn_loss, make_ir_labels, make_pseudo_masks, random_walk, save_mask, smooth_mask, train_irnet
+from .learned import Learned, choose_penalty, judge, learned, warning
 from .networks import build_network, load_network, network_name, save_trained, train_network
 from .pipeline import Profile, checkpoint_path, profiles, provenance, save_result
 from .seeds import extract_dataset, launched, load_seed, resolve
@@ -163,10 +163,11 @@ def _heads_stage(p: Profile, net: nn.Module, ds: Any, out: Path, seed: int, prog
     net = net.to(pick_device(device)).eval()
     config = HeadsConfig(batch=2)
     f = cached_features(net, ds, config.size, batch=config.batch, cache=out / "classifier", progress=progress)
-    found = judge(held_out_logits(net, f, config, seed=seed) if len(ds) > 1 else np.zeros((1, p.num_classes)), f.labels.numpy())
+    config, logits = choose_penalty(net, f, config, seed=seed) if len(ds) > 1 else (config, np.zeros((1, p.num_classes)))
     history = train_heads(net, f, config)
-    save_trained(net, out / "classifier" / "weights.safetensors", p.network, **(dict(seed=seed) if is_pair(p) else {}))
-    return net, f"heads, {_steps(history, False)}; {_knows(found)}"
+    logits, told, kept, part = (logits, "", net, {}) if not hasattr(net, "settle") else (*net.settle(f, logits), net.trained(), dict(branch="cnn"))
+    save_trained(kept, out / "classifier" / "weights.safetensors", p.network, **part, **(dict(seed=seed) if is_pair(p) else {}))
+    return net, f"heads, {_steps(history, False)}, penalty {config.weight_decay:g}; {told}{_knows(judge(logits, f.labels.numpy()))}"
 
 # %% ../nbs/13b_run.ipynb #ea3aee16
 def classifier_stage(
@@ -511,6 +512,22 @@ def _training_cost(name: str, net: nn.Module, crop: int, views: int, batch: int,
     seconds, memory = _step_cost(net, crop, lambda x: _total((forward or net)(x)))
     return Cost(name, seconds * views, memory * batch)
 
+# %% ../nbs/13b_run.ipynb #c0a5e00b
+def _boundary_cost(p: Profile, net: IRNet, images: int) -> Cost:
+    "IRNet: a view with confident labels in every corner, its pairs, and back; then a look at every image for the mean shift"
+    label = (torch.arange((p.irn_crop // 4)**2) % 2).view(1, p.irn_crop // 4, -1)     # (1,h,w)
+    loss = lambda x: irn_loss(*net(x), label.to(x.device), p.irn_radius, p.num_classes)["loss"]
+    learn = _training_cost("IRNet", net, p.irn_crop, p.irn_epochs * images, min(p.irn_batch, images), loss)
+    return learn._replace(seconds=learn.seconds * (1 + p.irn_displacement / (3 * p.irn_epochs)))
+
+
+# %% ../nbs/13b_run.ipynb #c0a5e00c
+def _heads_cost(net: nn.Module, tried: Any, work: Any) -> Cost:
+    "Features of all images, from those of one; the heads themselves take seconds"
+    x, share = whole_image(tried.images[-1], None, net.stride)[None].to(next(net.parameters()).device), sum(h * w for h, w in work.sizes) / tried.images[-1][..., 0].size
+    with torch.no_grad(): seconds, memory, _ = measure(lambda: net.features(x), x.device)
+    return Cost("classifier", seconds * share, 2 * memory)
+
 # %% ../nbs/13b_run.ipynb #c0a5e007
 def _mask_costs(p: Profile, tried: Any, work: Any, refine: str, crf: bool, net: nn.Module | None) -> list[Cost]:
     "Masks of all images from those that were tried: CRF, IR labels, IRNet's looks at views, walks"
@@ -522,8 +539,7 @@ def _mask_costs(p: Profile, tried: Any, work: Any, refine: str, crf: bool, net: 
     if refine == "irn":
         look, m, edge = measure(lambda: edge_map(net.eval(), image))
         walk = measure(lambda: random_walk(seed.cam, edge, p.walk_radius, p.walk_beta, p.walk_exp_times))[0]
-        view = look * p.irn_crop**2 / image[..., 0].size                     # two forward passes there, forward and backward here
-        costs = [Cost("IR labels", 1.5 * smooth * share, int(1.5 * memory * most)), Cost("IRNet", view * p.irn_epochs * len(work.sizes), int(m * min(p.irn_batch, len(work.sizes)) / 2 * p.irn_crop**2 / image[..., 0].size)),
+        costs = [Cost("IR labels", 1.5 * smooth * share, int(1.5 * memory * most)), _boundary_cost(p, net, len(work.sizes)),
                  Cost("walks", (look + walk) * share, int(m * most))]
     if refine == "psa":
         config = PSA_MINI if p.dataset == "scenes" else AffinityConfig()
@@ -556,7 +572,7 @@ def estimate(
     if refine: costs += _mask_costs(p, tried, work, refine, crf, _boundary_net(p, 0, backbone) if refine == "irn" else AffinityNet(_stages(p, backbone)) if refine == "psa" else None)
     costs = [c if c.stage in ("IRNet", "AffinityNet") else Cost(c.stage, c.seconds / processes, c.memory * processes) for c in costs]
     if classifier == "all": costs.insert(0, _training_cost("classifier", net, p.crop, p.epochs * len(ds), min(p.batch, len(ds)), (lambda x: net.branch_logits(x, "cnn")) if is_pair(p) else None))
-    if classifier == "heads": costs.insert(0, Cost("classifier", tried.seconds / (len(p.scales) * (1 + p.flip)), 2 * tried.memory))
+    if classifier == "heads": costs.insert(0, _heads_cost(net, tried, work))
     held = psutil.Process().memory_info().rss * processes
     return Estimate(work, costs, held, memory_left(next(net.parameters()).device) + psutil.Process().memory_info().rss - held, p.scales, p.flip, lower)
 

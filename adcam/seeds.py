@@ -565,12 +565,14 @@ def _write(picture: Prepared, name: str, arrays: tuple[Tensor, Tensor], sound: T
     return Done(name, zero=not cam.any())
 
 def _hand_over(pictures: list[Prepared], wanted: set, views: list[Tensor], sound: Tensor, up: int, writer: ThreadPoolExecutor) -> list[tuple[int, Future]]:
-    "Merge the views of each image and send them to the writer"
+    "Merge the views of all images of one size at once and send them to the writer"
     gpu, out = views[0].is_cuda, []
-    for b, p in enumerate(pictures):
-        if p.i not in wanted: continue
-        cam, high_res = merge([v[b, :len(p.keys)] for v in views], tuple(p.size), up)   # (n,⌈H/4⌉,⌈W/4⌉), (n,H,W)
-        out.append((b, p, tuple(a.to("cpu", non_blocking=True) for a in (cam, high_res.half() if gpu else high_res))))
+    for size in dict.fromkeys(tuple(p.size) for p in pictures):
+        mine = [b for b, p in enumerate(pictures) if p.i in wanted and tuple(p.size) == size]
+        if not mine: continue
+        cam, high_res = merge([torch.cat([v[b] for b in mine]) for v in views], size, up)       # (m*n,⌈H/4⌉,⌈W/4⌉), (m*n,H,W)
+        both = [a.to("cpu", non_blocking=True).unflatten(0, (len(mine), -1)) for a in (cam, high_res.half() if gpu else high_res)]
+        out += [(b, pictures[b], tuple(a[j, :len(pictures[b].keys)] for a in both)) for j, b in enumerate(mine)]
     sound = sound.to("cpu", non_blocking=True)
     event = torch.cuda.Event() if gpu else None
     if gpu: event.record(torch.cuda.current_stream(views[0].device))

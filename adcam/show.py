@@ -22,7 +22,7 @@ from .evaluation import Sweep, confusion, scores, seed_mask
 from .files import atomic_write, why_left_out
 from .progress import tqdm
 from .seeds import load_seed
-from .viz import ERROR_COLORS, error_map, overlay, overlay_mask, palette, panel
+from .viz import ERROR_COLORS, error_map, overlay, overlay_mask, drawn_palette, panel
 
 # %% ../nbs/08b_show.ipynb #90d3da28
 class Shown(NamedTuple):
@@ -65,6 +65,7 @@ def _resized(a, size, how):
     "(H,W,...) -> size (h,w)"
     return a if a is None or a.shape[:2] == size else np.asarray(Image.fromarray(a).resize(size[::-1], how))
 
+# %% ../nbs/08b_show.ipynb #b5e1bcf2
 def shrunk(
     s: Shown,   # of any size
     side: int,  # largest side afterwards, in pixels
@@ -115,6 +116,7 @@ def _caption(s, classes, t, cls):
     names = ", ".join(classes[c - 1] for c in s.labels())
     return f"{s.id}\n{names[:40]}" + ("" if np.isnan(iou) else f"\nIoU {100*iou:.0f} %")
 
+# %% ../nbs/08b_show.ipynb #c83df209
 def kind_of(
     folder: str|Path,  # of seeds or masks
 ) -> str:              # ".npz", ".png", or "" if it holds neither
@@ -146,6 +148,7 @@ def show_seeds(
     legend = {ds.classes[c - 1]: c for c in sorted({c for s in found for c in s.labels()}) if number in (None, c)}
     return panel([[r.get(v) for v in columns] for r in rows], columns, [_caption(s, ds.classes, threshold, number) for s in found], legend, size)
 
+# %% ../nbs/08b_show.ipynb #458c4076
 def class_number(classes, name: str) -> int:
     "Number of a class in masks, 1..K, from its name. `ValueError` names the nearest"
     if name in classes: return list(classes).index(name) + 1
@@ -192,12 +195,14 @@ def gallery(
 @functools.cache
 def _font(size): return ImageFont.truetype(font_manager.findfont("DejaVu Sans"), size)
 
+# %% ../nbs/08b_show.ipynb #aa710df5
 def _cut(text, width, font):
     "Text that fits, with ... if it was longer"
     if font.getlength(text) <= width: return text
     while text and font.getlength(text + "…") > width: text = text[:-1]
     return text + "…"
 
+# %% ../nbs/08b_show.ipynb #9545bcde
 def _heading(draw, x, y, width, s, classes, t, cls):
     "Id and IoU, then the classes with their colors"
     iou, small = image_iou(s, t, cls), _font(12)
@@ -206,7 +211,7 @@ def _heading(draw, x, y, width, s, classes, t, cls):
     for c in s.labels():
         text = _cut(classes[c - 1], x + width - at - 14, small)
         if at + 14 >= x + width or len(text) < 2: break
-        draw.rectangle((at, y + 22, at + 9, y + 31), tuple(palette()[c].tolist()))
+        draw.rectangle((at, y + 22, at + 9, y + 31), tuple(drawn_palette()[c].tolist()))
         draw.text((at + 13, y + 19), text, "#444", small)
         at += 13 + small.getlength(text) + 10
 
@@ -231,13 +236,14 @@ def numbers_line(
     cls: int = None,  # one class; None: all
 ) -> str:
     "One line about a whole gallery: how many, and the scores where there is truth"
-    line = f"{len(g.shown)} photographs" + (f", threshold {t:.2f}" if g.thresholds else "")
+    line = f"{len(g.shown)} photograph{'s' * (len(g.shown) != 1)}" + (f", threshold {t:.2f}" if g.thresholds else "")
     if g.table:
         row = g.table[min(range(len(g.table)), key=lambda i: abs(i/100 - t))] if g.thresholds else g.table[0]
         of = {n: row[n] for n in ("miou", "fp", "fn")} if cls is None else dict(iou=row["iou"][cls], fp=row["fp_per_class"][cls], fn=row["fn_per_class"][cls])
         line += "".join(f", {dict(miou='mIoU', iou='IoU').get(n, n.upper())} {100*v:.1f}" for n, v in of.items()) + " %"
     return line + (f"; {len(g.skipped)} left out" if g.skipped else "")
 
+# %% ../nbs/08b_show.ipynb #8768cb47
 def sheet(
     g: Gallery,              # from `gallery`
     t: float = 0.3,          # threshold
@@ -271,6 +277,7 @@ def _page(cards, columns, line, views, side):
     for n, card in enumerate(cards): out.paste(card, (n % columns*w, 66 + n//columns*h))
     return out
 
+# %% ../nbs/08b_show.ipynb #23f3b60f
 def _key(draw, x, y, width):
     "What the colors of the errors mean"
     for name in ("true positive", "false positive", "false negative", "wrong class"):
@@ -285,8 +292,10 @@ def _uri(a, kind="png", **options):
     Image.fromarray(a).save(file, kind, **options)
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
+# %% ../nbs/08b_show.ipynb #82bb59c0
 def _bytes(m): return np.round(m*255).astype(np.uint8)
 
+# %% ../nbs/08b_show.ipynb #ccb2e3d4
 def _packed(s):
     "One photograph for the page"
     h, w = s.image.shape[:2]
@@ -305,7 +314,7 @@ def _content(g, t, cls, title, note):
     views = [v for v in VIEWS if any(v in tiles(s, t) for s in g.shown[:1])]
     heat = _bytes(matplotlib.colormaps["inferno"](np.arange(256))[:, :3]).tolist()   # (256,3)
     return dict(title=title, note=note, t=round(t, 2), cls=cls or 0, best=g.best(), slider=bool(g.thresholds), views=views, classes=["", *g.classes], scores=rows if g.table else None,
-                palette=palette().tolist(), heat=heat, errors=ERROR_COLORS, items=[_packed(s) for s in g.shown], skipped=[list(s) for s in g.skipped])
+                palette=drawn_palette().tolist(), heat=heat, errors=ERROR_COLORS, items=[_packed(s) for s in g.shown], skipped=[list(s) for s in g.skipped])
 
 # %% ../nbs/08b_show.ipynb #65892387
 _HTML = """<!doctype html>
@@ -383,6 +392,10 @@ async function gray(uri, w, h, smooth) {
   for (let i = 0; i < out.length; i++) out[i] = p[4 * i];
   return out;
 }
+"""
+
+# %% ../nbs/08b_show.ipynb #c7b83685
+_READ += """
 async function read(item) {
   const {w, h} = item, px = {photo: await rgba(item.photo, w, h, true), maps: []};
   for (const uri of item.maps) px.maps.push(await gray(uri, w, h, true));
@@ -403,6 +416,10 @@ function mistake(p, g, cls) {
   if (p === g && there) return 'true positive';
   return there && claimed ? 'wrong class' : claimed ? 'false positive' : there ? 'false negative' : 'background';
 }
+"""
+
+# %% ../nbs/08b_show.ipynb #6455378f
+_DRAW += """
 function paint(canvas, item, px, view) {
   const {w, h} = item, g = canvas.getContext('2d'), out = g.createImageData(w, h), o = out.data, P = px.photo, limit = 255 * state.t, cls = state.cls;
   const heat = cls ? px.maps[item.keys.indexOf(cls)] : px.top;
@@ -420,6 +437,10 @@ function paint(canvas, item, px, view) {
   }
   g.putImageData(out, 0, 0);
 }
+"""
+
+# %% ../nbs/08b_show.ipynb #e66f15c6
+_DRAW += """
 function iou(item, px) {
   let hit = 0, either = 0; if (!px.truth) return null;
   for (let i = 0; i < item.w * item.h; i++) {
@@ -437,6 +458,10 @@ function swatch(color) { const i = make('i'); i.style.background = `rgb(${color}
 function names(item) {
   return item.labels.map(c => { const s = make('span', D.classes[c]); s.prepend(swatch(D.palette[c])); return s; });
 }
+"""
+
+# %% ../nbs/08b_show.ipynb #a196d6a0
+_CARDS += """
 const seen = new Set();
 const watch = new IntersectionObserver(es => { for (const e of es) {
   const item = D.items[e.target.dataset.n];
@@ -449,6 +474,10 @@ async function update(item) {
     item.score.textContent = v === null ? '' : `IoU ${(100 * v).toFixed(0)} %`;
   } catch (e) { item.score.textContent = 'this picture cannot be drawn'; }
 }
+"""
+
+# %% ../nbs/08b_show.ipynb #71456920
+_CARDS += """
 D.items.forEach((item, n) => {
   const card = item.card = make('figure'), button = make('button', '', {type: 'button', ariaLabel: `${item.id}: all views`}), caption = make('figcaption');
   item.canvas = make('canvas', '', {width: item.w, height: item.h}); item.score = make('span', '', {className: 'soft'});
@@ -470,7 +499,7 @@ function row() {
 }
 function numbers() {
   const r = row(), n = D.items.filter(x => !x.card.hidden).length;
-  $('numbers').textContent = `${n} photographs` + (r ? ` · ${r[0]} ${percent(r[1])}, FP ${percent(r[2])}, FN ${percent(r[3])} %` : '');
+  $('numbers').textContent = `${n} photograph${n === 1 ? '' : 's'}` + (r ? ` · ${r[0]} ${percent(r[1])}, FP ${percent(r[2])}, FN ${percent(r[3])} %` : '');
   $('key').classList.toggle('none', state.view !== 'errors');
   $('tv').textContent = state.t.toFixed(2); $('t').value = Math.round(100 * state.t);
   const svg = $('curve'); svg.replaceChildren(); svg.classList.toggle('none', !r);
@@ -480,6 +509,10 @@ function numbers() {
   shape('polyline', {points: r[4].map((v, i) => `${i},${y(v)}`).join(' '), fill: 'none', stroke: 'var(--soft)', 'vector-effect': 'non-scaling-stroke', 'stroke-width': 1.5});
   shape('line', {x1: 100 * state.t, x2: 100 * state.t, y1: 0, y2: 24, stroke: 'var(--mark)', 'vector-effect': 'non-scaling-stroke', 'stroke-width': 2});
 }
+"""
+
+# %% ../nbs/08b_show.ipynb #11ab0dea
+_CONTROLS += """
 function choices(id, list, pick) {
   list.forEach(([value, text, color], n) => {
     const label = make('label', text), input = make('input', '', {type: 'radio', name: id, value, checked: id === 'views' ? value === state.view : value === state.cls});
@@ -504,6 +537,10 @@ if (D.views.includes('errors')) for (const n of Object.keys(D.errors).filter(n =
 $('left').classList.toggle('none', !D.skipped.length);
 $('left').querySelector('summary').textContent = `${D.skipped.length} left out`;
 D.skipped.forEach(([id, why]) => $('left').querySelector('ul').append(make('li', `${id}: ${why}`)));
+"""
+
+# %% ../nbs/08b_show.ipynb #ad452744
+_CONTROLS += """
 let current = 0;
 async function enlarge(n) {
   current = n; const item = D.items[n], all = $('big').querySelector('.all'), px = await read(item);
@@ -568,6 +605,7 @@ def picture(ax, image, title: str = "", below: str = "") -> None:
     ax.set_title(title, fontsize=9); ax.set_xlabel(below, fontsize=8)
     for side in ax.spines.values(): side.set_visible(False)
 
+# %% ../nbs/08b_show.ipynb #ad228325
 def versus(
     image,              # uint8 (H,W,3)
     truth,              # (H,W) class numbers

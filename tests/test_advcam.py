@@ -303,7 +303,8 @@ def test_padding_has_no_map_of_its_own(small):
     assert exact.shape == (1, 3, 4)
 
 
-@pytest.mark.parametrize("build", [lambda: conformer_mini(5), lambda: TwoBranch("test_resnet", "test_vit", 5), lambda: resnet_mini(5)], ids=["Conformer", "TwoBranch", "CamNet"])
+@pytest.mark.parametrize("build", [lambda: conformer_mini(5), lambda: TwoBranch("test_resnet", "test_vit", 5), lambda: resnet_mini(5)],
+                         ids=["Conformer", "TwoBranch", "CamNet"])
 def test_every_network(build):
     torch.manual_seed(0)
     net, image = build().eval(), np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
@@ -408,8 +409,10 @@ def test_nan_from_the_start_is_an_error():
     with pytest.raises(ValueError, match="class 3: the network gives NaN or infinity for the unchanged picture"): run(Faulty(1), [3])
 
 
-@pytest.mark.parametrize("options, words", [(dict(iterations=0), "at least 1"), (dict(iterations=2.5), "whole number"), (dict(ad_coefficient=-1), "0 .no L_AD. or more"),
-                                            (dict(step_size=0), "positive"), (dict(step_size=float("nan")), "positive"), (dict(threshold=1), "share of the maximum"), (dict(batch=0), "at least 1")])
+@pytest.mark.parametrize("options, words",
+                         [(dict(iterations=0), "at least 1"), (dict(iterations=2.5), "whole number"), (dict(ad_coefficient=-1), "0 .no L_AD. or more"),
+                                            (dict(step_size=0), "positive"), (dict(step_size=float("nan")), "positive"),
+                                            (dict(threshold=1), "share of the maximum"), (dict(batch=0), "at least 1")])
 def test_wrong_constants(small, picture, options, words):
     with pytest.raises(ValueError, match=words): advcam(small, picture, hot(1), **options)
 

@@ -282,7 +282,9 @@ def test_position_table_follows_the_image():
     assert net.maps(torch.randn(1, 3, 32, 112)).attn.shape == (1, 1, 15, 15)
 
 
-@pytest.mark.parametrize("vit, word", [("swin_tiny_patch4_window7_224", "inside windows"), ("hiera_tiny_224", "inside windows"), ("xcit_nano_12_p16_224", "one grid of patches"),
+@pytest.mark.parametrize("vit, word",
+                         [("swin_tiny_patch4_window7_224", "inside windows"), ("hiera_tiny_224", "inside windows"),
+                          ("xcit_nano_12_p16_224", "one grid of patches"),
                                        ("cait_xxs24_224", "between all patches"), ("resnet10t", "one grid of patches"), ("pvt_v2_b0", "one grid of patches")])
 def test_refused_transformers(vit, word):
     with pytest.raises(ValueError, match=word) as e: TwoBranch("test_resnet", vit)
@@ -291,12 +293,15 @@ def test_refused_transformers(vit, word):
 
 @pytest.mark.parametrize("build, words", [
     (lambda: TwoBranch("resnet5O"), "nearest: .*resnet50"), (lambda: TwoBranch("test_resnet", "deit_smal"), "nearest: .*deit"),
-    (lambda: TwoBranch("vit_tiny_patch16_224", "test_vit"), "cannot be the CNN branch"), (lambda: TwoBranch("mobilenetv3_small_050", "test_vit", None), "no class map"),
+    (lambda: TwoBranch("vit_tiny_patch16_224", "test_vit"), "cannot be the CNN branch"),
+    (lambda: TwoBranch("mobilenetv3_small_050", "test_vit", None), "no class map"),
     (lambda: TwoBranch("mobilenetv3_small_050", "test_vit", 2, output_stride=16), "output_stride=16"),
     (lambda: TwoBranch("test_resnet", "test_vit", 0), "num_classes is 0"), (lambda: TwoBranch("test_resnet", "test_vit", 2, colour=3), "colour"),
-    (lambda: TwoBranch("test_resnet", "test_vit", 2).grid((40, 64)), "height 40 .*nearest: 32"), (lambda: TwoBranch("test_resnet", "test_vit", 2).grid((64, 8)), "width 8 .*nearest: 16"),
+    (lambda: TwoBranch("test_resnet", "test_vit", 2).grid((40, 64)), "height 40 .*nearest: 32"),
+    (lambda: TwoBranch("test_resnet", "test_vit", 2).grid((64, 8)), "width 8 .*nearest: 16"),
     (lambda: TwoBranch("test_resnet", "beit_base_patch16_224", 2, depth=1).grid((64, 64)), "img_size="),
-    (lambda: TwoBranch("test_resnet", "test_vit", 2)(torch.zeros(3, 32, 32)), r"x\[None\]"), (lambda: TwoBranch("test_resnet", "test_vit", 2)(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)), "to_tensor"),
+    (lambda: TwoBranch("test_resnet", "test_vit", 2)(torch.zeros(3, 32, 32)), r"x\[None\]"),
+    (lambda: TwoBranch("test_resnet", "test_vit", 2)(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)), "to_tensor"),
     (lambda: TwoBranch("test_resnet", "test_vit", 2).set_drop_path(1), "drop_path is 1")])
 def test_bad_input(build, words):
     with pytest.raises(ValueError, match=words): build()
@@ -343,7 +348,8 @@ def test_no_network(monkeypatch, tmp_path):
     with pytest.raises(ConnectionError, match="--cnn-weights FILE"): TwoBranch("resnet10t", "test_vit", pretrained=True)
     cnn = timm.create_model("test_resnet")
     save_file(cnn.state_dict(), tmp_path / "c.safetensors")
-    with pytest.raises(ConnectionError, match="--vit-weights FILE"): TwoBranch("test_resnet", "deit_tiny_patch16_224", cnn_weights=tmp_path / "c.safetensors", pretrained=True)
+    with pytest.raises(ConnectionError, match="--vit-weights FILE"):
+        TwoBranch("test_resnet", "deit_tiny_patch16_224", cnn_weights=tmp_path / "c.safetensors", pretrained=True)
 
 
 def test_a_silent_name_server_costs_seconds(monkeypatch):
@@ -378,9 +384,12 @@ def test_every_imagenet_index_belongs_to_its_group():
     from adcam.data import VOC_CLASSES
     info, of = ImageNetInfo(), {}
     assert tuple(VOC_IMAGENET) == VOC_CLASSES and not VOC_IMAGENET["person"]
-    words = dict(aeroplane="airliner warplane", bicycle="bicycle-built mountain", boat="canoe catamaran fireboat gondola lifeboat schooner speedboat trimaran yawl", bottle="bottle",
-                 bus="bus", car="ambulance wagon cab convertible jeep limousine minivan Model racer sports", cat="cat tabby", chair="chair", cow="ox", diningtable="table",
-                 horse="sorrel", motorbike="moped scooter", pottedplant="pot", sheep="ram", sofa="couch", train="train locomotive passenger streetcar", tvmonitor="monitor screen television")
+    words = dict(aeroplane="airliner warplane", bicycle="bicycle-built mountain",
+                 boat="canoe catamaran fireboat gondola lifeboat schooner speedboat trimaran yawl", bottle="bottle",
+                 bus="bus", car="ambulance wagon cab convertible jeep limousine minivan Model racer sports", cat="cat tabby", chair="chair", cow="ox",
+                 diningtable="table",
+                 horse="sorrel", motorbike="moped scooter", pottedplant="pot", sheep="ram", sofa="couch",
+                 train="train locomotive passenger streetcar", tvmonitor="monitor screen television")
     for name, group in VOC_IMAGENET.items():
         texts = [info.index_to_description(i).lower() for i in group]
         assert len(set(group)) == len(group) and all(of.setdefault(i, name) == name for i in group)
@@ -389,7 +398,8 @@ def test_every_imagenet_index_belongs_to_its_group():
     at = lambda i: info.index_to_description(i).split(",")[0]
     assert [at(i) for i in (7, 24, 80, 100, 127, 146)] == ["cock", "great grey owl", "black grouse", "black swan", "white stork", "albatross"]
     assert [at(i) for i in (6, 25, 79, 101, 126, 147)] == ["stingray", "European fire salamander", "centipede", "tusker", "isopod", "grey whale"]
-    assert [at(i) for i in (150, 151, 268, 269, 280, 281, 285, 286)] == ["sea lion", "Chihuahua", "Mexican hairless", "timber wolf", "grey fox", "tabby", "Egyptian cat", "cougar"]
+    assert ([at(i) for i in (150, 151, 268, 269, 280, 281, 285, 286)]
+            == ["sea lion", "Chihuahua", "Mexican hairless", "timber wolf", "grey fox", "tabby", "Egyptian cat", "cougar"])
 
 
 def test_group_maps_bad_index():

@@ -86,7 +86,8 @@ class Screen:
     def changed(self, before: dict) -> dict:
         "Wait until every named picture is another one than before."
         for name, old in before.items():
-            self.page.wait_for_function(f"([name, old]) => {{ const now = ({PIXELS})(name); return now && now !== old }}", arg=[f"img.adcam-{name}", old], timeout=15000)
+            self.page.wait_for_function(f"([name, old]) => {{ const now = ({PIXELS})(name); return now && now !== old }}",
+                                        arg=[f"img.adcam-{name}", old], timeout=15000)
         return {name: self.pixels(name) for name in before}
 
 

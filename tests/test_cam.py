@@ -268,7 +268,8 @@ def test_inputs_are_not_changed():
     maps = random_maps(L=1)
     before, S = [t.clone() for t in (maps.cam, maps.attn)], co_neighbor(patch_attention(maps.attn))
     A, kept = patch_attention(maps.attn), S.clone()
-    for f in (lambda: patch_attention(maps.attn, renorm="per_layer"), lambda: trans_cam(maps), lambda: refine(A, 5, "weight", S=S), lambda: ad_cam(maps, 5), lambda: crop_maps(maps, (2, 2))): f()
+    for f in (lambda: patch_attention(maps.attn, renorm="per_layer"), lambda: trans_cam(maps), lambda: refine(A, 5, "weight", S=S),
+              lambda: ad_cam(maps, 5), lambda: crop_maps(maps, (2, 2))): f()
     assert torch.equal(maps.cam, before[0]) and torch.equal(maps.attn, before[1]) and torch.equal(S, kept) and torch.equal(A, patch_attention(maps.attn))
 
 
@@ -462,4 +463,5 @@ def test_one_overflowing_block_is_found():
 
 def test_module_imports_nothing_of_the_project():
     source = Path(C.__file__).read_text()
-    assert not [line for line in source.splitlines() if line.lstrip().startswith(("import", "from")) and line.split()[1].split(".")[0] not in ("contextlib", "operator", "threading", "torch")]
+    assert not [line for line in source.splitlines() if line.lstrip().startswith(("import", "from"))
+                and line.split()[1].split(".")[0] not in ("contextlib", "operator", "threading", "torch")]

@@ -159,13 +159,16 @@ def test_order_is_shared_among_processes(n, share, world, epoch):
 
 @pytest.mark.parametrize("kw,words", [
     (dict(epochs=0), "epochs is 0"), (dict(batch=0), "batch is 0"), (dict(lr_vit=0.), "lr_vit is 0"), (dict(weight_decay=-1), "weight_decay is -1"),
-    (dict(schedule_vit="step"), "constant, poly, cosine"), (dict(mixed_precision="half"), "one of fp32, tf32, bf16, fp16"), (dict(batch=13), "do not fill one batch"),
+    (dict(schedule_vit="step"), "constant, poly, cosine"), (dict(mixed_precision="half"), "one of fp32, tf32, bf16, fp16"),
+    (dict(batch=13), "do not fill one batch"),
     (dict(drop_path=1.), "below 1"), (dict(crop=34), "does not fit")])
 def test_bad_settings(kw, words):
     with pytest.raises(ValueError, match=words): run(config=replace(QUICK, **kw))
 
 
-@pytest.mark.parametrize("kw,words", [(dict(mask_ratio=1.), "mask_ratio is 1.0"), (dict(mask_grid=0), "mask_grid is 0"), (dict(mask_square=0), "mask_square is 0"), (dict(crop=36), "crop 36 is not a multiple")])
+@pytest.mark.parametrize("kw,words",
+                         [(dict(mask_ratio=1.), "mask_ratio is 1.0"), (dict(mask_grid=0), "mask_grid is 0"),
+                          (dict(mask_square=0), "mask_square is 0"), (dict(crop=36), "crop 36 is not a multiple")])
 def test_bad_pretrain_settings(kw, words):
     with pytest.raises(ValueError, match=words): pretrain(fresh("none"), Photos(True), PretrainConfig(**{**dict(batch=4, crop=32), **kw}), progress=False)
 
@@ -348,7 +351,9 @@ def test_two_branch_trains():
     assert history[-1]["conv"]<history[0]["conv"] and history[-1]["trans"]<history[0]["trans"]
 
 
-@pytest.mark.parametrize("broken,words", [(lambda m: None, "no param_groups and no num_classes"), (lambda m: dict(vit=[], cnn=["x"]), r"every parameter once.*look at \['cnn.0.bias'")])
+@pytest.mark.parametrize("broken,words",
+                         [(lambda m: None, "no param_groups and no num_classes"),
+                          (lambda m: dict(vit=[], cnn=["x"]), r"every parameter once.*look at \['cnn.0.bias'")])
 def test_contract_errors(broken, words):
     model = TwoTowers()
     if "param_groups and" in words: model = nn.Linear(2, 2)
@@ -427,7 +432,8 @@ def test_cache(tmp_path):
     assert reads()[1]==0 and not list(folder.glob("*.tmp"))
 
 
-@pytest.mark.parametrize("kw,words", [(dict(solver="sgd"), "'lbfgs' or 'adamw'"), (dict(steps=0), "steps is 0"), (dict(batch=0), "batch is 0"), (dict(lr=0.), "lr is 0"),
+@pytest.mark.parametrize("kw,words",
+                         [(dict(solver="sgd"), "'lbfgs' or 'adamw'"), (dict(steps=0), "steps is 0"), (dict(batch=0), "batch is 0"), (dict(lr=0.), "lr is 0"),
                                       (dict(weight_decay=-1.), "weight_decay -1"), (dict(size=0), "size is 0")])
 def test_bad_heads_settings(kw, words):
     with pytest.raises(ValueError, match=words): train_heads(TwoTowers(), Mirrored(), HeadsConfig(**kw), progress=False)

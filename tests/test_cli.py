@@ -192,7 +192,8 @@ def album(tmp_path):
 def test_explain_takes_a_folder_and_names_what_is_broken(run, album, tmp_path, monkeypatch):
     from adcam import photo
     built = photo._build.cache_info().misses
-    code, out, err = run("explain", album, *NETWORKS, "--classes", "cat,lynx", "--out", tmp_path / "o", "--save-masks", tmp_path / "m", "--save-maps", tmp_path / "s", "--threshold", "auto")
+    code, out, err = run("explain", album, *NETWORKS, "--classes", "cat,lynx", "--out", tmp_path / "o", "--save-masks", tmp_path / "m",
+                         "--save-maps", tmp_path / "s", "--threshold", "auto")
     assert code == 1 and "1 of 3 images were skipped" in err and "c.jpg is no picture" in err
     assert sorted(p.name for p in (tmp_path / "o").iterdir()) == ["a.png", "b.png"] and "wrote 2 pictures" in out and "Otsu" in out
     assert photo._build.cache_info().misses - built <= 1, "the networks are built once"
@@ -338,7 +339,8 @@ def test_notebooks_of_a_wheel_are_found(run, tmp_path, monkeypatch):
     shutil.copy(ROOT / "nbs/paper/fig4.ipynb", share / "nbs/paper")
     shutil.copy(ROOT / "configs/fig4.yaml", share / "configs")
     notebook = cli._paper_notebook("fig4")
-    assert notebook.parent == share / "nbs/paper" and cli._config(notebook, None, True) == cli._config(notebook, cli.Path("configs/fig4.yaml"), False) == share / "configs/fig4.yaml"
+    assert notebook.parent == share / "nbs/paper"
+    assert cli._config(notebook, None, True) == cli._config(notebook, cli.Path("configs/fig4.yaml"), False) == share / "configs/fig4.yaml"
 
 
 def test_papermill_that_is_missing_is_one_line(run, monkeypatch):

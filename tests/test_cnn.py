@@ -237,7 +237,8 @@ def test_loss_is_torchs_soft_margin():
 
 def test_recipes():
     c = SGDConfig()
-    assert (c.lr_backbone, c.lr_head, c.weight_decay, c.power, c.crop, c.resize, c.batch, c.epochs, c.freeze_bn)==(.1, 1., 1e-4, .9, 512, (320, 640), 16, 5, True)
+    assert (c.lr_backbone, c.lr_head, c.weight_decay, c.power, c.crop, c.resize, c.batch, c.epochs,
+            c.freeze_bn)==(.1, 1., 1e-4, .9, 512, (320, 640), 16, 5, True)
     assert asdict(MINI_TRAIN)==asdict(train_config(profiles["mini"]))
     assert (MINI_PRETRAIN.crop, MINI_PRETRAIN.resize)==(profiles["mini"].crop, profiles["mini"].resize)
 
@@ -292,7 +293,8 @@ def test_frozen_layers_and_statistics_stay():
 def test_errors_of_training():
     with pytest.raises(ValueError, match="the data set has 3 classes, the network 5"): run(net(classes=5))
     with pytest.raises(ValueError, match="lr_head is 0"): run(config=replace(QUICK, lr_head=0))
-    with pytest.raises(ValueError, match="gives one logit per class, not two: train it with adcam.cnn.train_cam"): train(net(), Photos(), replace(QUICK, epochs=1), progress=False)
+    with pytest.raises(ValueError, match="gives one logit per class, not two: train it with adcam.cnn.train_cam"):
+        train(net(), Photos(), replace(QUICK, epochs=1), progress=False)
     with pytest.raises(ValueError, match="every parameter of the network is frozen"): run(net().requires_grad_(False))
     model = net()
     with torch.no_grad(): model.classifier.weight[0, 0] = torch.nan
@@ -351,4 +353,5 @@ def test_two_processes_equal_one(tmp_path):
         two = [json.loads(line) for line in (tmp_path/name/"log.jsonl").read_text().splitlines()]
         assert json.loads((tmp_path/name/"settings.json").read_text())["processes"]==2
         for n in ("loss", "lr_backbone", "lr_head"): np.testing.assert_allclose([r[n] for r in two], [r[n] for r in rows], rtol=1e-6)
-        for n, v in torch.load(tmp_path/name/"model.pt", weights_only=True).items(): torch.testing.assert_close(v, model.state_dict()[n], rtol=1e-9, atol=1e-9, msg=n)
+        for n, v in torch.load(tmp_path/name/"model.pt", weights_only=True).items():
+            torch.testing.assert_close(v, model.state_dict()[n], rtol=1e-9, atol=1e-9, msg=n)

@@ -56,7 +56,8 @@ def test_a_cnn_has_no_attention(splits):
         seed_arrays(NETWORKS["resnet_mini"].build(0, "", splits["train"]), splits, [Entry("a", "resnet_mini", "ad_cam", dict(k=5, steps=1, direction="pull"))])
 
 
-@pytest.mark.parametrize("name, method, options", [("recam_mini", "recam", {}), ("patch_mini", "ts_cam", dict(head="patch")), ("seam_mini", "seam", {}), ("oaa_mini", "cam", {})])
+@pytest.mark.parametrize("name, method, options",
+                         [("recam_mini", "recam", {}), ("patch_mini", "ts_cam", dict(head="patch")), ("seam_mini", "seam", {}), ("oaa_mini", "cam", {})])
 def test_networks_that_learn_a_head_first(splits, name, method, options, monkeypatch):
     import adcam.compare as compare
     from dataclasses import replace
@@ -83,7 +84,8 @@ def test_counts_cover_every_pixel(splits, counts):
         for v in VARIANTS: assert counts[f"hist_{s}_{v}"].sum() == sum((x.mask != 255).sum() for x in splits[s])
     assert set(VARIANTS) - set(CRF_ON) == {"perfect"} and counts["crf_test_walk"].sum() == 2 * 96 * 96
     assert counts["masks"].shape == (2, 96, 96)
-    for m, x in zip(counts["masks"], splits["train"].samples): assert set(np.unique(m)) <= {0, *(np.flatnonzero(x.label) + 1)}, "a pseudo mask names only classes of the label"
+    for m, x in zip(counts["masks"], splits["train"].samples):
+        assert set(np.unique(m)) <= {0, *(np.flatnonzero(x.label) + 1)}, "a pseudo mask names only classes of the label"
     assert counts["labels"].sum() == 2 * 96 * 96 and counts["cpu"] > 0
 
 

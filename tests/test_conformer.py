@@ -111,7 +111,8 @@ def test_manifest(short, make, shapes_only):
 
 def test_parameter_counts(shapes_only):
     model, no_bias = conformer_small(20, conv_head_bias=True), conformer_small(20)
-    published = [sum(p.numel() for p in f(1000, last_block="keep", conv_head_bias=True).parameters()) for f in (conformer_tiny, conformer_small, conformer_base)]
+    published = [sum(p.numel() for p in f(1000, last_block="keep", conv_head_bias=True).parameters())
+                 for f in (conformer_tiny, conformer_small, conformer_base)]
     assert published==[23_524_704, 37_673_424, 83_289_136]
     count = {n: p.numel() for n, p in model.named_parameters()}
     groups = {g: sum(count[n] for n in names) for g, names in model.param_groups().items()}
@@ -244,7 +245,8 @@ def test_bad_settings(bad, words):
     with pytest.raises(ValueError, match=words): conformer_mini(**bad)
 
 
-@pytest.mark.parametrize("x,words", [(torch.zeros(3, 32, 32), r"x\[None\]"), (torch.zeros(1, 1, 32, 32), r"\(B,3,H,W\)"), (torch.zeros(1, 3, 32, 32).byte(), "to_tensor")])
+@pytest.mark.parametrize("x,words",
+                         [(torch.zeros(3, 32, 32), r"x\[None\]"), (torch.zeros(1, 1, 32, 32), r"\(B,3,H,W\)"), (torch.zeros(1, 3, 32, 32).byte(), "to_tensor")])
 def test_bad_input(x, words):
     with pytest.raises(ValueError, match=words): _sizes_model()(x)
 
@@ -275,7 +277,8 @@ def test_float16_is_upcast(tmp_path):
 def test_mmpretrain_names(tmp_path):
     source, port = conformer_mini(4, **TINY), {}
     for k, v in source.state_dict().items():
-        for old, new in ((".norm1.", ".ln1."), (".norm2.", ".ln2."), (".mlp.fc1.", ".ffn.layers.0.0."), (".mlp.fc2.", ".ffn.layers.1.")): k = k.replace(old, new)
+        for old, new in ((".norm1.", ".ln1."), (".norm2.", ".ln2."), (".mlp.fc1.", ".ffn.layers.0.0."), (".mlp.fc2.", ".ffn.layers.1.")):
+            k = k.replace(old, new)
         port["head."+k if "cls_head" in k else "backbone."+k] = v
     torch.save(dict(state_dict=port), tmp_path/"mm.pth")
     model = load_checkpoint(conformer_mini(4, **TINY), tmp_path/"mm.pth")

@@ -356,7 +356,8 @@ def test_tiny_widths_that_still_fit_keep_pixels_apart():
 def test_huge_pictures_are_refused_at_once_and_the_exact_kernel_is_for_small_ones():
     image = np.broadcast_to(np.uint8(0), (4001, 4001, 3))
     with pytest.raises(ValueError, match="4001x4001 pixels with 2 labels need about .* GiB"): dense_crf(torch.zeros(1, 1, 1).expand(2, 4001, 4001), image)
-    with pytest.raises(ValueError, match="use backend='lattice'"): dense_crf(np.zeros((2, 150, 150), np.float32), np.zeros((150, 150, 3), np.uint8), backend="exact")
+    with pytest.raises(ValueError, match="use backend='lattice'"):
+        dense_crf(np.zeros((2, 150, 150), np.float32), np.zeros((150, 150, 3), np.uint8), backend="exact")
 
 
 def test_a_long_strip_is_no_problem():
@@ -368,8 +369,10 @@ def test_a_long_strip_is_no_problem():
 def test_the_estimate_of_memory_is_not_far_off(root):
     "Peak of a fresh process, 300x400, against `crf_memory`"
     code = ("import re, numpy as np, torch\nfrom adcam.crf import dense_crf\ntorch.set_num_threads(1)\n"
-            "y, x = np.mgrid[:300, :400]\nimage = np.stack([y % 200, x % 250, (x * y) % 97], -1).astype(np.uint8)\nu = np.random.default_rng(0).random((8, 300, 400), np.float32)\n"
-            "dense_crf(u[:, :9, :9], image[:9, :9])\nr = lambda: int(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1])\nb = r()\ndense_crf(u, image, iterations=2)\nprint(r() - b)")
+            "y, x = np.mgrid[:300, :400]\nimage = np.stack([y % 200, x % 250, (x * y) % 97], -1).astype(np.uint8)\n"
+             "u = np.random.default_rng(0).random((8, 300, 400), np.float32)\n"
+            "dense_crf(u[:, :9, :9], image[:9, :9])\nr = lambda: int(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1])\n"
+             "b = r()\ndense_crf(u, image, iterations=2)\nprint(r() - b)")
     used = 1024 * int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root).stdout)
     assert .3 < used / crf_memory((300, 400), 8) < 3
 
@@ -393,7 +396,8 @@ def test_refine_labels_keeps_class_numbers_and_decides_unknown_pixels():
     assert (refine_labels(labels, image, iterations=0) == labels).all()
 
 
-@pytest.mark.parametrize("labels,words", [(np.full((8, 9), 255), "nothing to refine"), (np.zeros((8, 9)), "give integers"), (np.zeros((2, 8, 9), int), "give integers"),
+@pytest.mark.parametrize("labels,words",
+                         [(np.full((8, 9), 255), "nothing to refine"), (np.zeros((8, 9)), "give integers"), (np.zeros((2, 8, 9), int), "give integers"),
                                           (np.zeros((8, 8), int), "resize the map")])
 def test_refine_labels_faults(labels, words):
     with pytest.raises(ValueError, match=words): refine_labels(labels, I)

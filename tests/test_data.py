@@ -96,7 +96,8 @@ def test_labels_from_masks(folder):
 
 
 def test_labels_from_xml_before_masks(folder):
-    (folder/"Annotations/a.xml").write_text("<annotation><object><name>cow</name></object><object><name>cow</name><difficult>1</difficult></object></annotation>")
+    cows = "<object><name>cow</name></object><object><name>cow</name><difficult>1</difficult></object>"
+    (folder/"Annotations/a.xml").write_text(f"<annotation>{cows}</annotation>")
     assert VOCFolder(folder, "train").label(0).tolist()==[0, 0, 1]
 
 

@@ -105,7 +105,8 @@ def test_voc_wrong_counts(voc_tree, split):
 
 def test_voc_names_everything_that_is_missing(voc, small_voc):
     (voc/"Annotations/train_000001.xml").unlink(), (voc/"SegmentationClass/train_000002.png").unlink(), (voc/"SegmentationClass/train_000003.png").unlink()
-    with pytest.raises(FileNotFoundError, match="missing in Annotations: 1 of 4, first train_000001.xml; missing in SegmentationClass: 2 of 4, first train_000002.png"):
+    said = "missing in Annotations: 1 of 4, first train_000001.xml; missing in SegmentationClass: 2 of 4, first train_000002.png"
+    with pytest.raises(FileNotFoundError, match=said):
         voc2012(voc, "train")
     ds = voc2012(voc, "train", strict=False)
     assert ds[2].mask is None
@@ -223,7 +224,8 @@ def test_coco_layouts(coco, layout):
     (lambda c: (c/"annotations/instances_val2014.json").write_text('{"images": ['), ValueError, "cannot read annotations .*instances_val2014.json.*download"),
     (lambda c: (c/"annotations/instances_val2014.json").write_text("[1]"), ValueError, "cannot read annotations"),
     (lambda c: (c/"annotations/instances_val2014.json").write_text('{"images": []}'), ValueError, "no annotations, categories; expected an instances"),
-    (lambda c: (c/"annotations/instances_val2014.json").write_text((c/"annotations/instances_val2014.json").read_text().replace("000003.jpg", "000005.jpg")), ValueError, "names an image twice"),
+    (lambda c: (c/"annotations/instances_val2014.json").write_text((c/"annotations/instances_val2014.json").read_text().replace("000003.jpg",
+        "000005.jpg")), ValueError, "names an image twice"),
     (lambda c: (c/"val2014/COCO_val2014_000000000009.jpg").unlink(), FileNotFoundError, "1 of 4 listed images have no image")])
 def test_coco_broken(coco, harm, error, words):
     harm(coco)
@@ -255,7 +257,9 @@ def test_coco_on_photographs(tmp_path):
         for k in np.unique(mask):
             code = rle.encode(np.asfortranarray(mask==k, np.uint8))
             seg = dict(size=code["size"], counts=code["counts"].decode())
-            if k: anns.append(dict(id=len(anns)+1, image_id=n, category_id=cats.get(k, cats[1])["coco_id"], segmentation=seg, iscrowd=int(k==255), area=1, bbox=[0]*4))
+            if k:
+                anns.append(dict(id=len(anns)+1, image_id=n, category_id=cats.get(k, cats[1])["coco_id"], segmentation=seg, iscrowd=int(k==255),
+                                 area=1, bbox=[0]*4))
     body = dict(images=images, annotations=anns, categories=[dict(id=c["coco_id"], name=c["name"]) for c in meta["categories"]])
     (tmp_path/"annotations/instances_train2014.json").write_text(json.dumps(body))
     ds = coco2014(tmp_path, "train", strict=False)
@@ -303,13 +307,15 @@ def test_classes_of_a_folder(own):
 @pytest.mark.parametrize("table,options,words", [
     ("", {}, "labels.csv is empty; write a header"), ("\n \n", {}, "is empty"), ("id,labels\n", {}, "has a header but no line below"),
     (NAMES+"a,cat\n", {}, r"line 7: the id 'a' comes a second time \(first in line 2\)"),
-    (NAMES+"sub dir/x,cat\n", {}, r"line 7: no image for the id 'sub dir/x'"), (NAMES.replace("e,dog cat", "ee.jpeg,dog cat"), {}, "no image for the id 'ee.jpeg'; did you mean 'e.jpeg'"),
+    (NAMES+"sub dir/x,cat\n", {}, r"line 7: no image for the id 'sub dir/x'"),
+    (NAMES.replace("e,dog cat", "ee.jpeg,dog cat"), {}, "no image for the id 'ee.jpeg'; did you mean 'e.jpeg'"),
     (NAMES.replace("e,dog cat\n", ""), {}, r"no line in .*labels.csv for 1 of 5 images, first \['e'\]"),
     (NAMES.replace("dog cat", "dgo cat"), dict(classes=("cat", "dog", "traffic light")), r"line 6, names unknown classes \['dgo'\]; did you mean 'dog'"),
     (ONE_HOT, dict(classes=("cat", "dog", "traffic lights")), r"header .* unknown classes \['traffic light'\]; did you mean 'traffic lights'"),
     (ONE_HOT, dict(classes=("cat", "dog", "traffic light", "bird")), r"no column for \['bird'\]"),
     (ONE_HOT.replace("a,0,1,0", "a,0,2,0"), {}, "line 2: expected an id and 3 values 0 or 1"), (ONE_HOT.replace("a,0,1,0", "a,0,1"), {}, "line 2: expected"),
-    (ONE_HOT.replace("light,cat,dog", "light,cat,cat"), {}, "must be different class names"), (NAMES.replace("e,dog cat", "e,dog,cat"), {}, "line 6: expected an id and one cell"),
+    (ONE_HOT.replace("light,cat,dog", "light,cat,cat"), {}, "must be different class names"),
+    (NAMES.replace("e,dog cat", "e,dog,cat"), {}, "line 6: expected an id and one cell"),
     ("a.jpg,cat\ne,dog\n", {}, "first line names an image, 'a.jpg'"), ("id,labels\na,\nb 1,\nç,\nd,\ne,\n", {}, "names no class in any line")])
 def test_bad_tables(own, table, options, words):
     (own/"labels.csv").write_text(table, encoding="utf-8")
@@ -347,7 +353,8 @@ def test_masks_of_a_folder(own):
     assert np.array_equal(folder(own, masks=own/"masks")[1].mask, mask)
     with pytest.raises(ValueError, match="1 of 6 images.*masks: name their folder"): folder(own)
     (own/"one.csv").write_text("id,labels\nb 1,a\nç,a\n", encoding="utf-8")
-    with pytest.raises(FileNotFoundError, match="no image in .* has a mask in .*elsewhere; the mask of b 1 would be .*b 1.png"): folder(own/"sub dir", own/"one.csv", masks=own.parent/"elsewhere")
+    with pytest.raises(FileNotFoundError, match="no image in .* has a mask in .*elsewhere; the mask of b 1 would be .*b 1.png"):
+        folder(own/"sub dir", own/"one.csv", masks=own.parent/"elsewhere")
 
 
 @pytest.mark.parametrize("tag", range(1, 9))
@@ -392,7 +399,8 @@ def test_sixteen_bit_colors_are_scaled(tmp_path):
     v = np.random.default_rng(0).integers(0, 65536, (6, 5, 3)).astype(">u2")
     def chunk(kind, body): return struct.pack(">I", len(body))+kind+body+struct.pack(">I", zlib.crc32(kind+body))
     lines = b"".join(b"\0"+row.tobytes() for row in v)
-    (tmp_path/"x.png").write_bytes(b"\x89PNG\r\n\x1a\n"+chunk(b"IHDR", struct.pack(">IIBBBBB", 5, 6, 16, 2, 0, 0, 0))+chunk(b"IDAT", zlib.compress(lines))+chunk(b"IEND", b""))
+    (tmp_path/"x.png").write_bytes(b"\x89PNG\r\n\x1a\n"+chunk(b"IHDR", struct.pack(">IIBBBBB", 5, 6, 16, 2, 0, 0, 0))+chunk(b"IDAT",
+        zlib.compress(lines))+chunk(b"IEND", b""))
     assert np.abs(read_image(tmp_path/"x.png")-v/257).max()<=1
 
 
@@ -434,7 +442,8 @@ def test_damage_is_an_error_with_the_name_or_an_image(tmp_path, form, cut, chang
 
 
 def test_list_with_spaces_and_umlauts(tmp_path):
-    for name in ("my cat 1", "größe"): save(tmp_path/f"JPEGImages/{name}.jpg", photo()), save(tmp_path/f"SegmentationClass/{name}.png", np.full((40, 60), 3, np.uint8))
+    for name in ("my cat 1", "größe"):
+        save(tmp_path/f"JPEGImages/{name}.jpg", photo()), save(tmp_path/f"SegmentationClass/{name}.png", np.full((40, 60), 3, np.uint8))
     (tmp_path/"ImageSets/Segmentation").mkdir(parents=True)
     (tmp_path/"ImageSets/Segmentation/train.txt").write_bytes("\ufeffmy cat 1\r\ngröße \r\n".encode())
     assert VOCFolder(tmp_path, "train").ids==["my cat 1", "größe"] and VOCFolder(tmp_path, "train")[0].label[2]==1

@@ -94,7 +94,8 @@ def test_rate_of_nothing(bad):
 def test_groups_of_deeplab():
     net = on_meta(DeepLabV2, 21)
     groups = {g["name"]: g for g in net.groups(2.5e-4, 5e-4)}
-    assert {n: (g["lr"], g["weight_decay"]) for n, g in groups.items()} == {"backbone": (2.5e-4, 5e-4), "head": (pytest.approx(2.5e-3), 5e-4), "head bias": (pytest.approx(5e-3), 0.)}
+    assert ({n: (g["lr"], g["weight_decay"]) for n, g in groups.items()}
+            == {"backbone": (2.5e-4, 5e-4), "head": (pytest.approx(2.5e-3), 5e-4), "head bias": (pytest.approx(5e-3), 0.)})
     names = {id(p): n for n, p in net.named_parameters()}
     listed = [names[id(p)] for g in groups.values() for p in g["params"]]
     assert len(listed) == len(set(listed)) and set(names.values()) - set(listed) == {n for n in names.values() if ".bn." in n}
@@ -167,7 +168,8 @@ def test_pictures_of_other_normalization():
     half = upernet(3, "mobilenetv3_small_050.lamb_in1k", channels=8)
     want = timm.get_pretrained_cfg("mobilenetv3_small_050.lamb_in1k")
     x = half.preprocess(PICTURE)
-    assert torch.allclose(x, (torch.from_numpy(PICTURE).permute(2, 0, 1)/255 - torch.tensor(want.mean)[:, None, None])/torch.tensor(want.std)[:, None, None], atol=1e-5)
+    mean, std = (torch.tensor(v)[:, None, None] for v in (want.mean, want.std))
+    assert torch.allclose(x, (torch.from_numpy(PICTURE).permute(2, 0, 1)/255 - mean)/std, atol=1e-5)
 
 
 def test_small_networks_are_small():
@@ -221,7 +223,8 @@ def test_labels_are_resized_as_pillow_does():
 
 def test_wrong_labels_are_named():
     z, y = torch.zeros(1, 3, 4, 4), torch.zeros(1, 4, 4, dtype=torch.long)
-    for bad, words in ((y + 3, "label 3 in a mask for 3 classes"), (y - 1, "label -1"), (y + 255, "every pixel of this batch is 255"), (y.float(), "integers"), (y[0], "integers")):
+    for bad, words in ((y + 3, "label 3 in a mask for 3 classes"), (y - 1, "label -1"), (y + 255, "every pixel of this batch is 255"),
+                       (y.float(), "integers"), (y[0], "integers")):
         with pytest.raises(ValueError, match=words): segmentation_loss(z, bad)
     check_labels(y.to(torch.uint8), 3)
 

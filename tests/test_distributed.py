@@ -34,7 +34,8 @@ class Deadly(Double):
 
 
 def double(*a, **kw): return Double(fresh(*a, **kw))
-def masks(model, ds, **kw): return pretrain(model, ds, PretrainConfig(epochs=2, batch=4, crop=32, resize=None, mask_ratio=.4, freeze_bn=True, drop_path=.3), **kw)
+def masks(model, ds, **kw):
+    return pretrain(model, ds, PretrainConfig(epochs=2, batch=4, crop=32, resize=None, mask_ratio=.4, freeze_bn=True, drop_path=.3), **kw)
 
 
 CASES = dict(  # name -> (network, data, how to train it in `world` processes)
@@ -97,7 +98,8 @@ def history(folder): return [json.loads(line) for line in (folder/"log.jsonl").r
 def losses(rows): return np.array([[r[n] for n in ("loss", "conv", "trans")] for r in rows])
 
 
-@pytest.mark.parametrize("name,loss,weight", [("whole", 1e-6, 1e-9), ("unused", 1e-6, 1e-9), ("parts", 1e-6, 1e-9), ("masks", 1e-4, None), ("bf16", 2e-2, None)])
+@pytest.mark.parametrize("name,loss,weight",
+                         [("whole", 1e-6, 1e-9), ("unused", 1e-6, 1e-9), ("parts", 1e-6, 1e-9), ("masks", 1e-4, None), ("bf16", 2e-2, None)])
 def test_two_processes_equal_one(two, name, loss, weight):
     "Losses (logged in float32) and, in float64, weights and BatchNorm statistics"
     rows, model = one_case(name, 1)
@@ -105,7 +107,8 @@ def test_two_processes_equal_one(two, name, loss, weight):
     np.testing.assert_allclose(losses(history(two[0]/name)), losses(rows), rtol=loss)
     if name=="masks": np.testing.assert_allclose([r["mask"] for r in history(two[0]/name)], [r["mask"] for r in rows], rtol=loss)
     if weight is None: return
-    for n, v in torch.load(two[0]/name/"model.pt", weights_only=True).items(): torch.testing.assert_close(v, model.state_dict()[n], rtol=weight, atol=weight, msg=n)
+    for n, v in torch.load(two[0]/name/"model.pt", weights_only=True).items():
+        torch.testing.assert_close(v, model.state_dict()[n], rtol=weight, atol=weight, msg=n)
 
 
 def test_a_killed_process_changes_nothing(two):
@@ -113,7 +116,8 @@ def test_a_killed_process_changes_nothing(two):
     rows, model = one_case("killed", 1)
     assert len(rows)==9
     np.testing.assert_allclose(losses(history(two[0]/"killed")), losses(rows), rtol=1e-6)
-    for n, v in torch.load(two[0]/"killed/model.pt", weights_only=True).items(): torch.testing.assert_close(v, model.state_dict()[n], rtol=1e-9, atol=1e-9, msg=n)
+    for n, v in torch.load(two[0]/"killed/model.pt", weights_only=True).items():
+        torch.testing.assert_close(v, model.state_dict()[n], rtol=1e-9, atol=1e-9, msg=n)
 
 
 def test_statistics_of_half_a_batch_differ(two):

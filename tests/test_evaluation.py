@@ -53,7 +53,8 @@ def test_golden_confusion_and_scores(g12):
     assert (sum(confusion(p, gt, 20) for p, gt in pairs) == C).all()  # a predicted 255 is background
     for absent, prefix in (("skip", ""), ("zero", "seam_")):
         s = scores(C, absent)
-        for name, key in (("iou", "iou"), ("fp", "fp_per_class"), ("fn", "fn_per_class")): np.testing.assert_allclose(s[key], z[prefix + name], rtol=0, atol=1e-9)
+        for name, key in (("iou", "iou"), ("fp", "fp_per_class"), ("fn", "fn_per_class")):
+            np.testing.assert_allclose(s[key], z[prefix + name], rtol=0, atol=1e-9)
 
 
 def test_golden_sweep(g12):

@@ -290,7 +290,8 @@ def test_cvat_polygons_boxes_and_their_order(copy, tmp_path, ds):
 
 
 @pytest.mark.parametrize("change, word", [
-    (dict(rle="5, 5"), "run lengths of 10 pixels"), (dict(height="1000000000", width="1000000000"), "outside of the picture"), (dict(z_order="up"), "up"), (dict(left="9999"), "outside of the picture"), (dict(label="shoe"), "no class"), (dict(rle="x"), "shape 1")])
+    (dict(rle="5, 5"), "run lengths of 10 pixels"), (dict(height="1000000000", width="1000000000"), "outside of the picture"),
+    (dict(z_order="up"), "up"), (dict(left="9999"), "outside of the picture"), (dict(label="shoe"), "no class"), (dict(rle="x"), "shape 1")])
 def test_bad_cvat_mask_leaves_its_image_out(copy, tmp_path, change, word):
     folder, seen = copy("cvat"), []
     def harm(root):

@@ -11,7 +11,8 @@ import psutil
 import pytest
 
 from adcam import files
-from adcam.files import Account, FolderInUse, WorkerDied, at_work, atomic_write, claimed, dead_workers_in_words, one_at_a_time, read_json, read_reports, sweep, why_left_out, write_report
+from adcam.files import (Account, FolderInUse, WorkerDied, at_work, atomic_write, claimed, dead_workers_in_words, one_at_a_time, read_json,
+                         read_reports, sweep, why_left_out, write_report)
 
 
 def ended_process():
@@ -59,7 +60,8 @@ def test_a_kill_in_the_middle_of_a_write_leaves_litter_that_the_next_run_sweeps(
 
 
 @pytest.mark.parametrize("name, age, goes", [
-    (".a.npz.{host}.{dead}-3.tmp", 0, True), (".a.npz.{host}.{mine}-3.tmp", 99_999, False), (".a.npz.elsewhere.1-3.tmp", 60, False), (".a.npz.elsewhere.1-3.tmp", 99_999, True),
+    (".a.npz.{host}.{dead}-3.tmp", 0, True), (".a.npz.{host}.{mine}-3.tmp", 99_999, False), (".a.npz.elsewhere.1-3.tmp", 60, False),
+    (".a.npz.elsewhere.1-3.tmp", 99_999, True),
     (".a.npz.{dead}.tmp", 99_999, True), ("a.tmp", 99_999, False), (".hidden", 99_999, False), (".a.{host}.{dead}-1.tmp.png", 99_999, False)])
 def test_only_litter_of_dead_processes_is_swept(tmp_path, name, age, goes):
     path = tmp_path / name.format(host=files.HOST, dead=ended_process(), mine=os.getpid())
@@ -185,7 +187,8 @@ def parent(tmp_path):
     "A run with two workers, each busy for minutes, started as those of labels, masks and conversions are."
     (tmp_path / "busy.py").write_text(BUSY); (tmp_path / "run.py").write_text(RUN)
     env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]))
-    run = subprocess.Popen([sys.executable, str(tmp_path / "run.py"), str(tmp_path)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    run = subprocess.Popen([sys.executable, str(tmp_path / "run.py"), str(tmp_path)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                           text=True, start_new_session=True)
     yield run
     if run.poll() is None: os.killpg(run.pid, signal.SIGKILL)
 

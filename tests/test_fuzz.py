@@ -1,7 +1,7 @@
 """Noise for every reader: a right result or an error in words, never another exception, never a silent skip.
 
-Files that are good are damaged (bytes changed, cut, inserted), tables and JSON are made of the pieces that such files have. Bounded in time: some seconds per reader, always the same
-examples. ADCAM_FUZZ=20 tries twenty times as many, each time others."""
+Files that are good are damaged (bytes changed, cut, inserted), tables and JSON are made of the pieces that such files have. Bounded in time:
+some seconds per reader, always the same examples. ADCAM_FUZZ=20 tries twenty times as many, each time others."""
 import io
 import json
 import os
@@ -20,7 +20,8 @@ from adcam.seeds import Seed, check_seed, load_seed, save_seed
 
 WORDS = (ValueError, FileNotFoundError)
 MORE = int(os.environ.get("ADCAM_FUZZ", "1"))
-quick = lambda n: settings(max_examples=n * MORE, deadline=None, derandomize=MORE == 1, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+quick = lambda n: settings(max_examples=n * MORE, deadline=None, derandomize=MORE == 1,
+                           suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 def in_words(read, *args):
@@ -54,8 +55,10 @@ def saved(im, form, **options):
 
 NOISE = np.random.default_rng(5).integers(0, 255, (20, 24, 3), np.uint8)
 EXIF = Image.Exif(); EXIF[274] = 6
-PICTURES = [saved(Image.fromarray(NOISE), "JPEG", exif=EXIF), saved(Image.fromarray(NOISE), "PNG"), saved(Image.fromarray(NOISE), "WEBP"), saved(Image.fromarray(NOISE), "BMP"), saved(Image.fromarray(NOISE), "TIFF"),
-            saved(Image.fromarray(NOISE).convert("P"), "GIF"), saved(Image.fromarray(np.dstack([NOISE, NOISE[..., 0]])), "PNG"), saved(Image.fromarray(NOISE[..., 0].astype(np.uint16) * 99), "PNG"), saved(Image.fromarray(NOISE).convert("CMYK"), "JPEG")]
+PICTURES = [saved(Image.fromarray(NOISE), "JPEG", exif=EXIF), saved(Image.fromarray(NOISE), "PNG"), saved(Image.fromarray(NOISE), "WEBP"),
+            saved(Image.fromarray(NOISE), "BMP"), saved(Image.fromarray(NOISE), "TIFF"),
+            saved(Image.fromarray(NOISE).convert("P"), "GIF"), saved(Image.fromarray(np.dstack([NOISE, NOISE[..., 0]])), "PNG"),
+            saved(Image.fromarray(NOISE[..., 0].astype(np.uint16) * 99), "PNG"), saved(Image.fromarray(NOISE).convert("CMYK"), "JPEG")]
 
 
 @quick(250)
@@ -117,11 +120,13 @@ def test_weights(tmp_path, weight_files, data):
     assert state is None or all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items())
 
 
-CELLS = st.lists(st.sampled_from(["emu", "yak", "snow leopard", ";", ",", "|", " ", "nan", "[", "]", "'", '"', "\t", "0", "1", "background", "é", "\0", "../", "\ufeff", "id"]), max_size=5).map("".join)
+CELLS = st.lists(st.sampled_from(["emu", "yak", "snow leopard", ";", ",", "|", " ", "nan", "[", "]", "'", '"', "\t", "0", "1", "background", "é",
+                                  "\0", "../", "\ufeff", "id"]), max_size=5).map("".join)
 
 
 @quick(250)
-@given(st.sampled_from(["id,labels", "id;labels", "id,emu,yak", "image\tlabels", "", "x"]), st.lists(st.tuples(st.sampled_from(["a", "b", "a.png", "sub/c", "c", "../a", ""]), CELLS), max_size=4), st.booleans())
+@given(st.sampled_from(["id,labels", "id;labels", "id,emu,yak", "image\tlabels", "", "x"]),
+       st.lists(st.tuples(st.sampled_from(["a", "b", "a.png", "sub/c", "c", "../a", ""]), CELLS), max_size=4), st.booleans())
 def test_tables_of_labels(tmp_path_factory, head, rows, listed):
     root = tmp_path_factory.mktemp("t")
     (root / "sub").mkdir()
@@ -136,7 +141,9 @@ def test_tables_of_labels(tmp_path_factory, head, rows, listed):
 
 
 @quick(250)
-@given(st.lists(st.text(st.sampled_from(list("abé ./\\\t\r\0:~")) , max_size=9) | st.sampled_from(["/JPEGImages/a.jpg /SegmentationClass/a.png", "my photo.JPG", "..", "../../a.png x"]), max_size=5), st.binary(max_size=3))
+@given(st.lists(st.text(st.sampled_from(list("abé ./\\\t\r\0:~")) ,
+                        max_size=9) | st.sampled_from(["/JPEGImages/a.jpg /SegmentationClass/a.png", "my photo.JPG", "..", "../../a.png x"]),
+                        max_size=5), st.binary(max_size=3))
 def test_lists_of_ids(tmp_path, lines, tail):
     (tmp_path / "l.txt").write_bytes("\n".join(lines).encode() + tail)
     ids = in_words(read_list, tmp_path / "l.txt", {"a", "my photo"})
@@ -144,10 +151,13 @@ def test_lists_of_ids(tmp_path, lines, tail):
     assert ids and len(set(ids)) == len(ids) and not any({"/", "\\", "\0"} & set(i) or i in (".", "..") for i in ids)
 
 
-JSON = st.recursive(st.none() | st.booleans() | st.integers(-9, 10**12) | st.floats(width=32) | st.text(max_size=5), lambda x: st.lists(x, max_size=4) | st.dictionaries(st.sampled_from(["id", "size", "counts", "x"]), x, max_size=3), max_leaves=6)
+JSON = st.recursive(st.none() | st.booleans() | st.integers(-9, 10**12) | st.floats(width=32) | st.text(max_size=5),
+                    lambda x: st.lists(x, max_size=4) | st.dictionaries(st.sampled_from(["id", "size", "counts", "x"]), x, max_size=3), max_leaves=6)
 NUMBER = st.integers(-20, 60) | st.floats(allow_nan=True) | st.sampled_from([1e9, None, "7"])
-OUTLINE = st.lists(st.lists(NUMBER, max_size=9), max_size=3) | st.lists(NUMBER, max_size=9) | st.fixed_dictionaries(dict(size=st.just([20, 24]) | JSON, counts=st.text(max_size=6) | st.lists(st.integers(-3, 480), max_size=5))) | JSON
-ANNOTATION = st.fixed_dictionaries({}, optional=dict(id=JSON, image_id=st.sampled_from([1, 2, 3, None, "x", [1]]), category_id=st.sampled_from([4, 9, 5, None, "4", {}]), iscrowd=st.sampled_from([0, 1, None]),
+OUTLINE = st.lists(st.lists(NUMBER, max_size=9), max_size=3) | st.lists(NUMBER, max_size=9) | st.fixed_dictionaries(dict(size=st.just([20, 24])
+    | JSON, counts=st.text(max_size=6) | st.lists(st.integers(-3, 480), max_size=5))) | JSON
+ANNOTATION = st.fixed_dictionaries({}, optional=dict(id=JSON, image_id=st.sampled_from([1, 2, 3, None, "x", [1]]),
+                                                     category_id=st.sampled_from([4, 9, 5, None, "4", {}]), iscrowd=st.sampled_from([0, 1, None]),
                                                      segmentation=OUTLINE, bbox=st.just([1, 2, 5, 5]) | JSON, area=JSON))
 
 
@@ -157,7 +167,8 @@ def test_coco_json(tmp_path_factory, annotations, height, whole):
     root = tmp_path_factory.mktemp("c")
     (root / "annotations").mkdir(); (root / "val2014").mkdir()
     (root / "val2014/a.png").write_bytes(PICTURES[1])
-    body = dict(images=[dict(id=1, file_name="a.png", height=height, width=24)], categories=[dict(id=4, name="emu"), dict(id=9, name="yak")], annotations=annotations)
+    body = dict(images=[dict(id=1, file_name="a.png", height=height, width=24)], categories=[dict(id=4, name="emu"), dict(id=9, name="yak")],
+                annotations=annotations)
     path = root / "annotations/instances_val2014.json"
     path.write_text(json.dumps(whole))
     in_words(read_coco, path)
@@ -166,7 +177,8 @@ def test_coco_json(tmp_path_factory, annotations, height, whole):
     if ds is None: return
     label, mask = in_words(ds.label, 0), in_words(mask_of, ds, 0)
     assert label is None or set(label) <= {0., 1.}
-    if label is not None and mask is not None and height == 20: assert mask.shape == (20, 24) and set(np.unique(mask)) <= {0, 1, 2} and all(label[v - 1] for v in np.unique(mask) if v)
+    if label is not None and mask is not None and height == 20:
+        assert mask.shape == (20, 24) and set(np.unique(mask)) <= {0, 1, 2} and all(label[v - 1] for v in np.unique(mask) if v)
 
 
 @quick(150)

@@ -100,7 +100,8 @@ def test_images_of_a_batch_do_not_meet():
     for b in (0, 1): assert close(getam_maps(net, x[b:b + 1], [1, 2]), both[b:b + 1])
 
 
-VITS = [("deit_tiny_distilled_patch16_224", {}, 2, True), ("vit_small_patch14_reg4_dinov2", {}, 5, True), ("vit_base_r50_s16_384", dict(embed_dim=96, num_heads=3, dynamic_img_size=True), 1, True),
+VITS = [("deit_tiny_distilled_patch16_224", {}, 2, True), ("vit_small_patch14_reg4_dinov2", {}, 5, True),
+        ("vit_base_r50_s16_384", dict(embed_dim=96, num_heads=3, dynamic_img_size=True), 1, True),
         ("vit_little_patch16_reg4_gap_256", {}, 4, False), ("eva02_tiny_patch14_224", {}, 1, True),
         ("beit_base_patch16_224", dict(img_size=(32, 48), embed_dim=96, num_heads=3), 1, True)]
 

@@ -374,7 +374,8 @@ assert np.pad(d["keys"] + 1, (1, 0), mode="constant").tolist() == [0, *(d["keys"
 
 def test_settings_of_the_methods():
     assert {k: tuple(v.values()) for k, v in irnet.SETTINGS.items()} == dict(
-        irn=(.3, .05, 1, .25), recam=(.35, .1, 1, .28), recam_coco=(.35, .1, 1, .25), advcam=(.35, .15, 1.5, .25), rib=(.35, .17, 1.3, .27), rib_coco=(.35, .17, 1.3, .22))
+        irn=(.3, .05, 1, .25), recam=(.35, .1, 1, .28), recam_coco=(.35, .1, 1, .25), advcam=(.35, .15, 1.5, .25), rib=(.35, .17, 1.3, .27),
+        rib_coco=(.35, .17, 1.3, .22))
 
 
 # ---------------------------------------------------------------- training
@@ -439,7 +440,8 @@ def test_views_keep_image_and_label_together():
                 if (y == k + 1).sum() > 4:
                     seen += 1
                     assert (inside[:, y == k + 1].mean(1).argmax() == k)
-            assert (x[:, (torch.nn.functional.interpolate(y[None, None].float(), scale_factor=4)[0, 0] == 255)] == 0).float().mean() > .5 if (y == 255).any() else True
+            assert (x[:, (torch.nn.functional.interpolate(y[None, None].float(), scale_factor=4)[0, 0] == 255)] == 0).float().mean() > .5 if (y
+                == 255).any() else True
     assert seen > 10
 
 
@@ -457,12 +459,15 @@ def test_checkpoints(tmp_path):
 def test_official_checkpoint_with_its_three_names(tmp_path, filled):
     net = filled
     state = {k: v + .5 if k.startswith("fc_edge6") else v for k, v in net.state_dict().items()}
-    copies = {f"stage1.{k}": v for k, v in state.items() if k.startswith("resnet50.conv1")} | {k.replace("resnet50.", "backbone."): v for k, v in state.items() if k.startswith("resnet50.bn1")}
+    copies = {f"stage1.{k}": v for k, v in state.items() if k.startswith("resnet50.conv1")} | {k.replace("resnet50.", "backbone."): v for k,
+        v in state.items() if k.startswith("resnet50.bn1")}
     torch.save({f"module.{k}": v for k, v in (state | copies).items()}, tmp_path/"irn.pth")
     assert torch.equal(irnet.load_irnet(net, tmp_path/"irn.pth").fc_edge6.bias, state["fc_edge6.bias"])
 
 
-@pytest.mark.parametrize("change,text", [(dict(crop=50), "multiple of 4"), (dict(crop=24), "no cell with all neighbors"), (dict(lr_edge=0), "lr_edge"), (dict(epochs=0), "epochs"), (dict(scale=(0, 1)), "scale")])
+@pytest.mark.parametrize("change,text",
+                         [(dict(crop=50), "multiple of 4"), (dict(crop=24), "no cell with all neighbors"), (dict(lr_edge=0), "lr_edge"),
+                          (dict(epochs=0), "epochs"), (dict(scale=(0, 1)), "scale")])
 def test_training_names_bad_settings(change, text):
     from dataclasses import replace
     with pytest.raises(ValueError, match=text): irnet.train_irnet(small(), Photos(), true_mask, replace(QUICK, **change), progress=False)
@@ -491,7 +496,8 @@ def test_two_processes_train_as_one(tmp_path):
     import os, socket, subprocess, sys
     script = SCRIPT.format(tests=os.path.dirname(__file__), out=str(tmp_path/"out"))
     with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
-    env = dict(os.environ, ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    env = dict(os.environ, ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+               MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     both = [subprocess.Popen([sys.executable, "-c", script], env=dict(env, RANK=r, LOCAL_RANK=r), stderr=subprocess.PIPE, text=True) for r in "01"]
     said = [p.communicate(timeout=300)[1] for p in both]
     assert [p.returncode for p in both] == [0, 0], said[0][-2000:]

@@ -7,6 +7,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
@@ -16,8 +17,10 @@ from adcam.branches import VOC_IMAGENET
 from adcam.cli import main
 from adcam.cost import Cost, Estimate, Work, approve, duration, law, predicted
 from adcam.data import folder
-from adcam.learned import held_out, judge, warning
-from adcam.masks import Photographs, class_groups, enlarge_mask, imagenet_hint, labels_by_folder, make_masks, masks_profile, open_photographs, unread
+from adcam.classifier import Features, HeadsConfig
+from adcam.learned import choose_penalty, held_out, judge, warning
+from adcam.masks import MUCH, BothHeads, Grouped, Photographs, class_groups, enlarge_mask, known_group, labels_by_folder, make_masks, masks_profile, open_photographs, unread
+from adcam.networks import build_network, save_network
 from adcam.run import LOOKS, override, segmentation_stage
 from adcam.pipeline import profiles
 from adcam.scenes import Scenes
@@ -101,17 +104,6 @@ def test_formats_that_are_not_read_are_named(photos, tmp_path, capsys):
     assert "1 file is not read, first IMG_1.HEIC" in told
 
 
-def test_few_photographs_are_better_left_to_imagenet(tmp_path, capsys):
-    (tmp_path / "in").mkdir()
-    rows = [(f"{i}.png", c) for i, c in enumerate(["bus", "bus", "Hund", "cat;bus"])]
-    for name, _ in rows: Image.new("RGB", (32, 32)).save(tmp_path / "in" / name)
-    (tmp_path / "in/labels.csv").write_text("\n".join(",".join(r) for r in [("id", "labels"), *rows]))
-    hint = lambda: imagenet_hint(open_photographs(tmp_path / "in", tmp_path / "out"))
-    assert '(1 of Hund, 20 are better)' in hint() and hint().endswith('--classes "bus;cat"')
-    (tmp_path / "in/labels.csv").write_text("id,labels\n" + "\n".join(f"{r[0]},Hund" for r in rows))
-    assert hint() == ""
-
-
 def test_words_that_are_always_together_are_asked_about(tmp_path):
     (tmp_path / "in").mkdir()
     for name in "abc": Image.new("RGB", (32, 32)).save(tmp_path / f"in/{name}.jpg")
@@ -130,6 +122,96 @@ def test_photographs_without_any_label_are_refused_with_the_three_ways(tmp_path,
     Image.new("RGB", (32, 32)).save(tmp_path / "in/a.jpg")
     code, _, err = cli(capsys, "masks", tmp_path / "in", "--network", "mini")
     assert code == 2 and all(way in err for way in ("labels.csv", "sub-folder per class", "--classes"))
+
+
+# ---- ImageNet's head, or one that was trained
+
+NAMES = dict(bus=(654, 779), dog=(151, 152), person=())
+
+
+def both_heads(choice="auto"):
+    return BothHeads(build_network("test_resnet+test_vit", None, seed=0), NAMES, choice).eval()
+
+
+def features_of(net, n=12, knows=0.):
+    "Features, labels, and held-out logits that know the labels as well as is said"
+    y, g = torch.eye(3).repeat(n // 3, 1), torch.Generator().manual_seed(0)
+    return Features(torch.randn(n, net.pair.cnn.num_features, generator=g), torch.zeros(n, 1), y), (torch.randn(n, 3, generator=g) + knows * y).numpy()
+
+
+@pytest.mark.parametrize("choice, knows, learns", [("auto", 99., [1, 1, 1]), ("imagenet", 99., [0, 0, 1]), ("trained", -99., [1, 1, 1]), ("auto", -99., [0, 0, 1])])
+def test_the_head_that_knows_more_makes_the_maps_and_a_class_that_imagenet_has_not_is_learned(choice, knows, learns):
+    net = both_heads(choice)
+    z, words = net.settle(*features_of(net, knows=knows))
+    assert net.learns.tolist() == [bool(v) for v in learns] and ("trained heads for" in words) and ("ImageNet's head for bus, dog" in words) == (learns[0] == 0)
+    assert z.shape == (12, 3)
+
+
+def test_a_word_that_is_spelt_alike_goes_to_the_trained_head():
+    net = both_heads()
+    f, held_out = features_of(net)
+    with torch.no_grad(): theirs = net._logits(net.pair.conv_cls_head(f.conv)).numpy()
+    net._logits = lambda z: torch.from_numpy(np.stack([99 * f.labels[:, 0].numpy(), -99 * f.labels[:, 1].numpy(), theirs[:, 2]], 1))   # knows buses, and is wrong about dogs
+    held_out[:, 0], held_out[:, 1] = -f.labels[:, 0].numpy(), f.labels[:, 1].numpy() * .1 - f.labels[:, 0].numpy() * .05
+    held_out[1, 1] = -1.                                                                             # not perfect, but much better than ImageNet's
+    net.settle(f, held_out)
+    assert net.learns.tolist() == [False, True, True] and MUCH == .1
+
+
+def test_maps_come_from_the_head_that_was_chosen():
+    net, x = both_heads(), torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        maps, theirs = net.maps(x), Grouped(net.pair, NAMES).maps(x)
+        conv = net.features(x)[0]
+        own = torch.einsum("kc,bchw->bkhw", net.conv_cls_head.weight, conv)
+        assert torch.equal(maps.cam[:, :2], theirs.cam[:, :2]) and maps.cam[:, 2].mean() == pytest.approx(own[:, 2].mean().item(), abs=.05)
+        net.learns.fill_(True)
+        assert not torch.equal(net.maps(x).cam[:, :2], theirs.cam[:, :2])
+
+
+def test_the_trained_head_is_kept_as_the_head_of_the_pair(tmp_path):
+    net = both_heads()
+    path = save_network(net.trained(), tmp_path / "w.safetensors", "test_resnet+test_vit", "cnn")
+    again = build_network("test_resnet+test_vit", 3, weights=path)
+    assert torch.equal(again.conv_cls_head.weight, net.conv_cls_head.weight) and net.pair.num_classes == 1000 and len(net.pair.conv_cls_head.weight) == 1000
+
+
+def test_no_label_is_lost_with_heads_auto(tmp_path, capsys):
+    root = tmp_path / "in"
+    root.mkdir()
+    for i, color in enumerate(("red", "blue", "green", "gray")): Image.new("RGB", (64, 48), color).save(root / f"{i}.png")
+    (root / "labels.csv").write_text("id,labels\n0.png,Hund;person\n1.png,bus\n2.png,Hund\n3.png,person\n")
+    common = dict(network="test_resnet+test_vit", random_weights=True, size=64, change=["k=2"], crf=False, progress=False)
+    done = make_masks(root, tmp_path / "a", heads="auto", classes="Hund=151", **common)
+    note = next(r["note"] for r in done.run.rows if r["stage"] == "classifier")
+    assert done.classes == ("Hund", "bus", "person") and not done.opened.ds.left_out and "trained heads for" in note and "person" in note and "penalty" in note
+    assert (tmp_path / "a/classifier/weights.safetensors").is_file()
+    again = make_masks(root, tmp_path / "a", heads="auto", classes="Hund=151", **common)
+    assert [r["note"] for r in again.run.rows if r["stage"] == "seeds"] == ["0 computed, 4 were there"]
+    done = make_masks(root, tmp_path / "b", classes="Hund=151", **common)
+    assert done.opened.ds.left_out == ["bus", "person"] and not (tmp_path / "b/classifier").exists()
+
+
+@pytest.mark.parametrize("options, says", [(dict(heads="best"), "choose one of auto, trained, imagenet"), (dict(heads="trained", classes="bus"), "no use for --classes"), (dict(heads="imagenet", network="mini"), "name a pair CNN")])
+def test_heads_that_cannot_be(options, says, photos, tmp_path):
+    with pytest.raises(ValueError, match=says): make_masks(photos, tmp_path / "out", **dict(network="test_resnet+test_vit", random_weights=True) | options)
+
+
+@pytest.mark.parametrize("name, known", [("person", False), ("Hund", False), ("dog", True), ("school bus", True), ("airplane", True)])
+def test_names_that_imagenet_has(name, known): assert bool(known_group(name)) == known
+
+
+def test_the_penalty_is_the_one_that_puts_held_out_images_in_order():
+    g = torch.Generator().manual_seed(0)
+    y = torch.eye(2).repeat(12, 1)
+    net = both_heads()
+    net = BothHeads(net.pair, dict(a=(), b=()))
+    f = Features(torch.randn(24, net.pair.cnn.num_features, generator=g) * .3, torch.zeros(24, 1), y)
+    f.conv[:, 0] += 3 * y[:, 0]
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    config, z = choose_penalty(net, f, penalties=(1e3, 1e-3))
+    assert config.weight_decay == 1e-3 and judge(z, y.numpy()).map > .9 and all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+    assert choose_penalty(net, f, HeadsConfig(solver="adamw", steps=1))[0].weight_decay == HeadsConfig().weight_decay
 
 
 # ---- photographs in a size that is bearable

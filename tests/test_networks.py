@@ -154,15 +154,18 @@ def test_weights_of_a_backbone_need_its_name(files, trained, capsys):
 
 def test_segmentation_stands_on_the_cnn_of_the_pair(files, named):
     data, pair = ["--data", files / "photos"], named[:2]
-    assert adcam("segment", "train", *data, *named[:4], "--out", files / "seg", "--iterations", 1, "--batch", 2, "--set", "crop=65", "--set", "accumulate=1") == 0
+    assert adcam("segment", "train", *data, *named[:4], "--out", files / "seg", "--iterations", 1, "--batch", 2, "--set", "crop=65",
+                 "--set", "accumulate=1") == 0
     assert adcam("segment", "predict", *data, *pair, "--weights", files / "seg/weights.safetensors", "--out", files / "pred", "--no-crf", "--processes", 1) == 0
     assert len(list((files / "pred").glob("*.png"))) == 2
 
 
 def test_a_whole_run_of_a_pair(files, named):
     from adcam.pipeline import load_result
-    changes = dict(num_classes=10, train_split="train", seed_split="train", test_split="val", k=4, epochs=1, batch=2, crop=64, irn_crop=64, irn_radius=3, irn_epochs=1, irn_batch=2, seg_iterations=1, seg_batch=2, seg_crop=65)
-    assert adcam("run", "--profile", "voc_public", "--data", files / "photos", *named, "--out", files / "run", "--segment", *(w for n, v in changes.items() for w in ("--set", f"{n}={v}"))) == 0
+    changes = dict(num_classes=10, train_split="train", seed_split="train", test_split="val", k=4, epochs=1, batch=2, crop=64, irn_crop=64,
+                   irn_radius=3, irn_epochs=1, irn_batch=2, seg_iterations=1, seg_batch=2, seg_crop=65)
+    assert adcam("run", "--profile", "voc_public", "--data", files / "photos", *named, "--out", files / "run",
+                 "--segment", *(w for n, v in changes.items() for w in ("--set", f"{n}={v}"))) == 0
     body = load_result("run", files / "run")
     assert [r["stage"] for r in body["rows"] if r["stage"] in ("classifier", "IRNet", "predictions")] == ["classifier", "IRNet", "predictions"]
     assert body["provenance"]["settings"]["network"] == PAIR and {"cnn.safetensors", "vit.safetensors"} <= body["provenance"]["checkpoints"].keys()

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adcam.baselines.oaa import (Accumulator, Attention, IntegralConfig, IntegralTask, RULES, accumulate, attention, believed, enlarged, hybrid_loss, load_attention, oaa_seed, oaa_seeds, save_attention,
+from adcam.baselines.oaa import (Accumulator, Attention, IntegralConfig, IntegralTask, RULES, accumulate, attention, believed, enlarged, hybrid_loss,
+                                 load_attention, oaa_seed, oaa_seeds, save_attention,
                                  train_integral, train_oaa)
 from adcam.classifier import TrainConfig
 from adcam.cnn import resnet_mini

@@ -40,7 +40,8 @@ def saved(array, form="png", mode=None, **options):
 
 @pytest.mark.parametrize("make", [
     Image.fromarray, lambda a: a, lambda a: a / 255, lambda a: (a / 255).astype(np.float32), lambda a: a.transpose(2, 0, 1), torch.from_numpy,
-    lambda a: torch.from_numpy(a).permute(2, 0, 1), lambda a: torch.from_numpy(a).permute(2, 0, 1).float() / 255, lambda a: (torch.from_numpy(a) / 255).requires_grad_(), lambda a: Photo(a)])
+    lambda a: torch.from_numpy(a).permute(2, 0, 1), lambda a: torch.from_numpy(a).permute(2, 0, 1).float() / 255,
+    lambda a: (torch.from_numpy(a) / 255).requires_grad_(), lambda a: Photo(a)])
 def test_every_form_gives_the_same_pixels(make):
     assert (read_photo(make(PICTURE)).pixels == PICTURE).all()
 
@@ -76,7 +77,9 @@ def test_a_palette_with_a_transparent_color(tmp_path):
     assert (got.pixels == 255).all() and "white" in got.notes[0]
 
 
-@pytest.mark.parametrize("tag, turn", [(3, Image.Transpose.ROTATE_180), (6, Image.Transpose.ROTATE_90), (8, Image.Transpose.ROTATE_270), (2, Image.Transpose.FLIP_LEFT_RIGHT)])
+@pytest.mark.parametrize("tag, turn",
+                         [(3, Image.Transpose.ROTATE_180), (6, Image.Transpose.ROTATE_90), (8, Image.Transpose.ROTATE_270),
+                          (2, Image.Transpose.FLIP_LEFT_RIGHT)])
 def test_phones_are_turned_upright(tag, turn, tmp_path):
     turned = Image.fromarray(PICTURE).transpose(turn)
     exif = turned.getexif()
@@ -85,7 +88,9 @@ def test_phones_are_turned_upright(tag, turn, tmp_path):
     assert (read_photo(tmp_path / "p.png").pixels == PICTURE).all()
 
 
-@pytest.mark.parametrize("content, word", [(b"", "no picture that Pillow"), (b"GIF89a", "Pillow|damaged"), (b"hello", "no picture that Pillow"), (saved(PICTURE)[:3000], "damaged"),
+@pytest.mark.parametrize("content, word",
+                         [(b"", "no picture that Pillow"), (b"GIF89a", "Pillow|damaged"), (b"hello", "no picture that Pillow"),
+                          (saved(PICTURE)[:3000], "damaged"),
                                            (saved(PICTURE, "jpeg")[:600], "damaged|Pillow")])
 def test_damaged_files(content, word, tmp_path):
     (tmp_path / "x.png").write_bytes(content)
@@ -126,9 +131,12 @@ def test_the_limit_can_be_raised(tmp_path):
 
 
 @pytest.mark.parametrize("bad, word", [
-    (PICTURE[:1, :1], "1x1 pixels"), (PICTURE[:0], "96x0"), (PICTURE[:, :0], "0x64"), (PICTURE[:MIN_SIDE - 1], "at least"), (np.zeros((20, 20, 2), np.uint8), "C = 1, 3 or 4"), (np.zeros((2, 3, 20, 20), np.uint8), "shape"),
-    (np.zeros(20, np.uint8), "shape"), (PICTURE.astype(np.int32), "dtype int32"), (PICTURE.astype(float), "before normalization"), (PICTURE / 255 - .5, "before normalization"),
-    (PICTURE * np.nan, "NaN"), (torch.zeros(3, 20, 20, dtype=torch.long), "dtype int64"), (np.zeros((20, 20, 3), bool), "dtype bool"), (np.zeros((20, 20, 3), complex), "dtype complex"),
+    (PICTURE[:1, :1], "1x1 pixels"), (PICTURE[:0], "96x0"), (PICTURE[:, :0], "0x64"), (PICTURE[:MIN_SIDE - 1], "at least"),
+    (np.zeros((20, 20, 2), np.uint8), "C = 1, 3 or 4"), (np.zeros((2, 3, 20, 20), np.uint8), "shape"),
+    (np.zeros(20, np.uint8), "shape"), (PICTURE.astype(np.int32), "dtype int32"), (PICTURE.astype(float), "before normalization"),
+    (PICTURE / 255 - .5, "before normalization"),
+    (PICTURE * np.nan, "NaN"), (torch.zeros(3, 20, 20, dtype=torch.long), "dtype int64"), (np.zeros((20, 20, 3), bool), "dtype bool"),
+    (np.zeros((20, 20, 3), complex), "dtype complex"),
     (None, "NoneType"), (7, "type int"), (b"abc", "type bytes"), (Image.new("F", (20, 20)), "8 or 16 bits"), (Image.new("RGB", (0, 9)), "0x9")])
 def test_what_is_no_picture(bad, word):
     with pytest.raises(ValueError, match=word): read_photo(bad)
@@ -145,7 +153,9 @@ def test_every_imagenet_class_is_found_by_its_description_synset_and_number():
         if names.descriptions.count(text) == 1 and text not in ("crane", "maillot"): assert find_class(text.upper(), names) == i
 
 
-@pytest.mark.parametrize("wanted, word", [("tabbi", "nearest: tabby"), ("crane", r"134 \(crane\), 517 \(crane\)"), ("1000", "no class"), ("-1", "no class"), ("", "no class"), ("qqqq", "a number from 0 to 999")])
+@pytest.mark.parametrize("wanted, word",
+                         [("tabbi", "nearest: tabby"), ("crane", r"134 \(crane\), 517 \(crane\)"), ("1000", "no class"), ("-1", "no class"),
+                          ("", "no class"), ("qqqq", "a number from 0 to 999")])
 def test_names_that_are_not_there(wanted, word):
     with pytest.raises(ValueError, match=word): find_class(wanted, imagenet_names())
 
@@ -158,7 +168,9 @@ def test_several_names():
         with pytest.raises(ValueError, match="at least one"): find_groups(nothing, names)
 
 
-@pytest.mark.parametrize("wanted, members", [("cat", range(281, 286)), ("TV", (664, 782, 851)), ("airplane", (404, 895)), ("potted plant", (738,)), ("shark", (2, 3, 4)), ("shepherd", (235,)), ("sports car", (817,)), ("golden", (207,)), ("zebra", (340,))])
+@pytest.mark.parametrize("wanted, members",
+                         [("cat", range(281, 286)), ("TV", (664, 782, 851)), ("airplane", (404, 895)), ("potted plant", (738,)), ("shark", (2, 3, 4)),
+                          ("shepherd", (235,)), ("sports car", (817,)), ("golden", (207,)), ("zebra", (340,))])
 def test_a_word_that_names_no_class_stands_for_several(wanted, members):
     assert find_group(wanted, imagenet_names()).members == tuple(members)
 
@@ -179,7 +191,8 @@ def test_what_imagenet_lacks_is_said():
 
 
 def test_the_map_of_a_group_comes_from_its_strongest_members(pair):
-    whole, parts = explain(PICTURE, "big cat=tabby,lynx", model=pair, size=96, methods="cam"), explain(PICTURE, "tabby,lynx", model=pair, size=96, methods="cam")
+    whole, parts = explain(PICTURE, "big cat=tabby,lynx", model=pair, size=96,
+                           methods="cam"), explain(PICTURE, "tabby,lynx", model=pair, size=96, methods="cam")
     assert whole.classes == whole.short == ("big cat",) and whole.indices == ((281, 287),) and whole.logits == (max(parts.logits),)
     assert "2 classes" in whole.notes[-1] and parts.short == ("tabby", "lynx")
     with torch.no_grad(): maps = pair.maps(photo._input(PICTURE, network_size(64, 96, 96, pair.stride))[None])
@@ -286,8 +299,10 @@ def test_a_network_of_ones_own():
 
 
 @pytest.mark.parametrize("options, word", [
-    (dict(methods="gradcam"), "choose from"), (dict(methods=()), "empty"), (dict(classes="zebrra"), "zebra"), (dict(k=10_000), "k=10000"), (dict(k=0), "k=0"), (dict(steps=-1), "steps=-1"),
-    (dict(direction="up"), "push"), (dict(layers=99), "layers=99"), (dict(size=4), "at least 16"), (dict(batch_size=0), "at least 1"), (dict(top=0), "at least 1"), (dict(threshold=1.5), "threshold=1.5"), (dict(threshold="otsu"), "or auto")])
+    (dict(methods="gradcam"), "choose from"), (dict(methods=()), "empty"), (dict(classes="zebrra"), "zebra"), (dict(k=10_000), "k=10000"),
+    (dict(k=0), "k=0"), (dict(steps=-1), "steps=-1"),
+    (dict(direction="up"), "push"), (dict(layers=99), "layers=99"), (dict(size=4), "at least 16"), (dict(batch_size=0), "at least 1"),
+    (dict(top=0), "at least 1"), (dict(threshold=1.5), "threshold=1.5"), (dict(threshold="otsu"), "or auto")])
 def test_options_that_do_not_fit(pair, options, word):
     with pytest.raises(ValueError, match=word): explain(PICTURE, model=pair, **dict(size=96) | options)
 
@@ -298,7 +313,8 @@ def test_no_pictures(pair):
 
 def test_names_of_networks_and_weight_files(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="resnet50"): explain(PICTURE, cnn="resnet_50", pretrained=False)
-    with pytest.raises(FileNotFoundError, match="none.safetensors"): explain(PICTURE, cnn="test_resnet", vit="test_vit", cnn_weights=tmp_path / "none.safetensors", pretrained=False)
+    with pytest.raises(FileNotFoundError, match="none.safetensors"):
+        explain(PICTURE, cnn="test_resnet", vit="test_vit", cnn_weights=tmp_path / "none.safetensors", pretrained=False)
     import huggingface_hub.constants
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))

@@ -47,16 +47,20 @@ def onnx_of(vit, packed=False):
         parts.extend([tensor(name, a.T.copy(), packed), node(f"/backbone/encoder/layer.{where}/MatMul", ["x", name])])
     top = "backbone.embeddings."
     for name, a in ((top + "cls_token", w["cls_token"]), ("onnx::Concat_1", w["pos_embed"][:, :1]), ("onnx::Reshape_2", w["pos_embed"][:, 1:]),
-                    (top + "patch_embeddings.projection.weight", w["patch_embed.proj.weight"]), (top + "patch_embeddings.projection.bias", w["patch_embed.proj.bias"]),
+                    (top + "patch_embeddings.projection.weight", w["patch_embed.proj.weight"]),
+                    (top + "patch_embeddings.projection.bias", w["patch_embed.proj.bias"]),
                     ("backbone.layernorm.weight", w["norm.weight"]), ("backbone.layernorm.bias", w["norm.bias"])): parts.append(tensor(name, a, packed))
     for l in range(len(vit.blocks)):
         b, layer = f"blocks.{l}.", f"backbone.encoder.layer.{l}."
-        for old, new in (("norm1.weight",) * 2, ("norm1.bias",) * 2, ("norm2.weight",) * 2, ("norm2.bias",) * 2, ("layer_scale1.lambda1", "ls1.gamma"), ("layer_scale2.lambda1", "ls2.gamma"),
-                         ("attention.output.dense.bias", "attn.proj.bias"), ("mlp.fc1.bias",) * 2, ("mlp.fc2.bias",) * 2): parts.append(tensor(layer + old, w[b + new], packed))
+        for old, new in (("norm1.weight",) * 2, ("norm1.bias",) * 2, ("norm2.weight",) * 2, ("norm2.bias",) * 2,
+                         ("layer_scale1.lambda1", "ls1.gamma"), ("layer_scale2.lambda1", "ls2.gamma"),
+                         ("attention.output.dense.bias", "attn.proj.bias"), ("mlp.fc1.bias",) * 2,
+                         ("mlp.fc2.bias",) * 2): parts.append(tensor(layer + old, w[b + new], packed))
         for i, p in enumerate(("query", "key", "value")):
             parts.append(tensor(f"{layer}attention.attention.{p}.bias", np.split(w[b + "attn.qkv.bias"], 3)[i], packed))
             matrix(f"{l}/attention/attention/{p}", np.split(w[b + "attn.qkv.weight"], 3)[i])
-        for where, new in (("attention/output/dense", "attn.proj"), ("mlp/fc1", "mlp.fc1"), ("mlp/fc2", "mlp.fc2")): matrix(f"{l}/{where}", w[b + new + ".weight"])
+        for where, new in (("attention/output/dense", "attn.proj"), ("mlp/fc1", "mlp.fc1"), ("mlp/fc2", "mlp.fc2")):
+            matrix(f"{l}/{where}", w[b + new + ".weight"])
     return entry(1, 8) + entry(2, b"a test") + entry(7, b"".join(parts))
 
 
@@ -90,7 +94,8 @@ def test_lite0_to_timm(convert, tmp_path, capsys):
     assert torch.equal(model.conv_cls_head.weight, net.classifier.weight)
     del old[next(iter(old))]
     torch.save(old, tmp_path / "short.pth")
-    with pytest.raises(ValueError, match="not the weights of EfficientNet-Lite0"): convert.main(["lite0", str(tmp_path / "short.pth"), str(tmp_path / "x.safetensors")])
+    with pytest.raises(ValueError, match="not the weights of EfficientNet-Lite0"):
+        convert.main(["lite0", str(tmp_path / "short.pth"), str(tmp_path / "x.safetensors")])
     assert not (tmp_path / "x.safetensors").exists()
 
 
@@ -105,7 +110,8 @@ def test_wheel_without_the_file(convert, tmp_path):
 def test_refused_size(tmp_path):
     "The other refusals are tested where they are made: test_branches, test_pipeline"
     env = dict(os.environ, ADCAM_CACHE=str(tmp_path), OMP_NUM_THREADS="1")
-    run = subprocess.run([sys.executable, "-m", "papermill", "-k", "python3", "--no-progress-bar", str(NOTEBOOK), str(tmp_path / "run.ipynb"), "-y", "{sizes: [90]}"], capture_output=True, text=True, env=env)
+    run = subprocess.run([sys.executable, "-m", "papermill", "-k", "python3", "--no-progress-bar", str(NOTEBOOK), str(tmp_path / "run.ipynb"), "-y",
+                          "{sizes: [90]}"], capture_output=True, text=True, env=env)
     assert run.returncode and "every side must be a multiple" in run.stderr, run.stderr[-2000:]
 
 
@@ -151,7 +157,8 @@ def test_tables_say_what_the_rows_say(body):
                 continue
             k, T, d = (m[1] if (m := re.search(p, name)) else "" for p in (r"k=(\d+)", r"T=(\d+)", r"(push|pull)"))
             for rule, cell in (("oracle", oracle), ("fixed", fixed)):
-                r = row(body, split=split, size=int(size), blocks=blocks or "all", method=names[re.match(r"Att-Diffu only|[\w-]+", name)[0]], k=int(k or 0), steps=int(T or 0), direction=d, rule=rule)
+                r = row(body, split=split, size=int(size), blocks=blocks or "all", method=names[re.match(r"Att-Diffu only|[\w-]+", name)[0]],
+                        k=int(k or 0), steps=int(T or 0), direction=d, rule=rule)
                 assert cell == " / ".join(f"{100 * r[v]:.1f}" for v in ("miou", "fp", "fn"))
                 if rule == "oracle": assert t == f"{r['t']:.2f}"
 

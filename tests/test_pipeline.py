@@ -147,7 +147,8 @@ CELL = dict(__annotations__=dict(k=int, rate=float, seeds=list[int], name=str, f
 
 @pytest.mark.parametrize("change, message", [
     (dict(sedes=[1]), "unknown parameter 'sedes', did you mean 'seeds'"), (dict(zzz=1), "unknown parameter 'zzz' This notebook has k, rate"),
-    (dict(k=1.5), "expected int"), (dict(k=True), "expected int"), (dict(rate="fast"), "expected float"), (dict(seeds="[0, 1]"), r'papermill -y "seeds: \[1, 2\]"'),
+    (dict(k=1.5), "expected int"), (dict(k=True), "expected int"), (dict(rate="fast"), "expected float"),
+    (dict(seeds="[0, 1]"), r'papermill -y "seeds: \[1, 2\]"'),
     (dict(seeds=["a"]), r"expected list\[int\]"), (dict(flag=1), "expected bool"), (dict(k=0), "at least 1"), (dict(k=10), "at most 9"),
     (dict(seeds=[0, -1]), "seeds is -1"), (dict(name="c"), "choose one of 'a', 'b'")])
 def test_check_parameters_refuses(change, message):
@@ -256,9 +257,12 @@ def test_measure_bad_input(weights):
 
 
 def test_summarize_and_choose():
-    rows = [dict(method="ad_cam", k=k, steps=1, direction="pull", seed=s, rule="oracle", t=.1, miou=m + .1 * s, fp=.2, fn=.3) for k, m in ((5, .3), (9, .5)) for s in range(2)]
+    rows = [dict(method="ad_cam", k=k, steps=1, direction="pull", seed=s, rule="oracle", t=.1, miou=m + .1 * s, fp=.2, fn=.3) for k,
+            m in ((5, .3), (9, .5)) for s in range(2)]
     table = summarize(rows)
-    assert [(r["k"], r["seeds"]) for r in table] == [(5, 2), (9, 2)] and table[0]["miou"] == pytest.approx(.35) and table[0]["miou_std"] == pytest.approx(.0707, abs=1e-4)
+    assert [(r["k"], r["seeds"]) for r in table] == [(5, 2), (9, 2)]
+    assert table[0]["miou"] == pytest.approx(.35)
+    assert table[0]["miou_std"] == pytest.approx(.0707, abs=1e-4)
     assert summarize(rows[:1])[0]["miou_std"] == 0
     assert choose_point(rows) == Point("ad_cam", 9, 1, "pull")
 

@@ -61,12 +61,14 @@ def test_a_bar_that_is_left_early_says_where():
 
 
 def test_the_terminal_sees_the_bars_of_other_processes():
-    text = at_terminal(f"import subprocess, sys\nfrom adcam.progress import watch\nwith watch(lambda: 'fig4', .05): subprocess.run([sys.executable, '-c', {WORK!r}], stderr=subprocess.DEVNULL)")
+    text = at_terminal("import subprocess, sys\nfrom adcam.progress import watch\n"
+                       f"with watch(lambda: 'fig4', .05): subprocess.run([sys.executable, '-c', {WORK!r}], stderr=subprocess.DEVNULL)")
     assert re.search(r"\rfig4|fig4 +measure: +\d+%", text) and "measure" in text and text.endswith("\r\x1b[K")
 
 
 def test_without_a_terminal_nothing_is_watched():
-    done = subprocess.run([sys.executable, "-c", "import os\nfrom adcam.progress import watch\nwith watch(): print(os.environ.get('ADCAM_PROGRESS'))"], capture_output=True, text=True)
+    code = "import os\nfrom adcam.progress import watch\nwith watch(): print(os.environ.get('ADCAM_PROGRESS'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("None\n", "")
 
 

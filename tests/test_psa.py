@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from adcam.baselines.psa import (FROZEN, AffinityConfig, AffinityHead, AffinityNet, AffinityTask, affinity_features, affinity_scores, background, confident_labels, feature_matrix, load_affinity,
-                                 load_scores, make_affinity_masks, make_affinity_scores, pair_affinity, psa_label, psa_loss, psa_shares, psa_walk, save_scores, train_affinity)
+from adcam.baselines.psa import (FROZEN, AffinityConfig, AffinityHead, AffinityNet, AffinityTask, affinity_features, affinity_scores, background,
+                                 confident_labels, feature_matrix, load_affinity,
+                                 load_scores, make_affinity_masks, make_affinity_scores, pair_affinity, psa_label, psa_loss, psa_shares, psa_walk,
+                                 save_scores, train_affinity)
 from adcam.cnn import resnet_mini
 from adcam.conformer import conformer_mini
 from adcam.irnet import ConformerStages, ResNetStages, TimmStages, pair_labels, path_index, walk_on
@@ -39,7 +41,8 @@ def log(golden): return json.loads((golden / "related/related_log.json").read_te
 @pytest.fixture(scope="module")
 def head(rules):
     head = AffinityHead((512, 1024, 4096))
-    for w, k in zip([*head.branches, head.mix], ("f8_3", "f8_4", "f8_5", "f9")): w.weight.data = torch.from_numpy(rules.fill(f"psa.{k}.weight", tuple(w.weight.shape)))
+    for w, k in zip([*head.branches, head.mix], ("f8_3", "f8_4", "f8_5", "f9")):
+        w.weight.data = torch.from_numpy(rules.fill(f"psa.{k}.weight", tuple(w.weight.shape)))
     return head
 
 
@@ -81,7 +84,8 @@ def test_golden_psa_labels_without_crf(rules, g18):
     label = confident_labels(padded)
     np.testing.assert_array_equal(label, g18["lab_raw_4_32"])
     np.testing.assert_array_equal(confident_labels(scores_of(rules, (4, 24))), g18["lab_raw_4_24_nopad"])
-    for got, name in zip(pair_labels(label[None], 5, 254), ("bg", "fg", "neg")): np.testing.assert_array_equal(by_rows(got[0], (13, 13)), g18[f"lab_raw_{name}"])
+    for got, name in zip(pair_labels(label[None], 5, 254), ("bg", "fg", "neg")):
+        np.testing.assert_array_equal(by_rows(got[0], (13, 13)), g18[f"lab_raw_{name}"])
 
 
 @pytest.mark.parametrize("high", [24, 32])
@@ -100,9 +104,11 @@ def test_golden_psa_loss_and_gradients(head, features, g18, log):
     label = torch.from_numpy(g18["lab_raw_4_32"].astype(np.int64))[None]
     head.zero_grad()
     losses = psa_loss(head(maps), label)
-    for name, key in (("bg", "bg_loss"), ("fg", "fg_loss"), ("neg", "neg_loss"), ("loss", "loss")): assert float(losses[name].detach()) == pytest.approx(want[key], rel=1e-5)
+    for name, key in (("bg", "bg_loss"), ("fg", "fg_loss"), ("neg", "neg_loss"), ("loss", "loss")):
+        assert float(losses[name].detach()) == pytest.approx(want[key], rel=1e-5)
     losses["loss"].backward()
-    for w, k in zip([*head.branches, head.mix], ("f8_3", "f8_4", "f8_5", "f9")): assert float(w.weight.grad.norm()) == pytest.approx(want[f"grad_norm_{k}.weight"], rel=1e-4)
+    for w, k in zip([*head.branches, head.mix], ("f8_3", "f8_4", "f8_5", "f9")):
+        assert float(w.weight.grad.norm()) == pytest.approx(want[f"grad_norm_{k}.weight"], rel=1e-4)
     for m, k in zip(maps, ("conv4", "conv5", "conv6")): assert float(m.grad.norm()) == pytest.approx(want[f"grad_norm_{k}"], rel=1e-4)
     assert [int(p.sum()) for p in pair_labels(label, 5, 254)] == [round(want[f"{n}_count"]) for n in ("bg", "fg", "neg")]
     head.zero_grad()
@@ -211,7 +217,8 @@ def small(seed=0): return AffinityNet(stages(seed), (8, 8, 8))
 
 
 @pytest.mark.parametrize("build, stride", [(stages, 4), (lambda: TimmStages("resnet10t"), 8), (lambda: TimmStages("mobilenetv3_small_050"), 8),
-                                           (lambda: ConformerStages(conformer_mini(10).eval()), 4)], ids=["resnet_mini", "resnet10t", "mobilenetv3", "conformer_mini"])
+                                           (lambda: ConformerStages(conformer_mini(10).eval()), 4)],
+                                           ids=["resnet_mini", "resnet10t", "mobilenetv3", "conformer_mini"])
 def test_any_stages(build, stride):
     net = AffinityNet(build()).eval()
     assert net.stride == stride
@@ -263,7 +270,8 @@ def test_training_resumes_to_the_bit(made, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), net.state_dict().values()))
     loaded = load_affinity(small(1), tmp_path / "a/affinity.safetensors")
     assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), net.state_dict().values()))
-    with pytest.raises(ValueError, match="was trained with other settings .*lr: 0.01 there, 0.02 now"): train_affinity(small(), ds, folder / "scores", AffinityConfig(epochs=2, batch=2, crop=48, lr=.02), tmp_path / "a", progress=False)
+    with pytest.raises(ValueError, match="was trained with other settings .*lr: 0.01 there, 0.02 now"):
+        train_affinity(small(), ds, folder / "scores", AffinityConfig(epochs=2, batch=2, crop=48, lr=.02), tmp_path / "a", progress=False)
     with pytest.raises(ValueError, match="does not fit this AffinityNet"): load_affinity(AffinityNet(stages()), tmp_path / "a/affinity.safetensors")
 
 
@@ -307,7 +315,8 @@ def test_a_seed_of_another_image_is_left_out_and_named(made, tmp_path):
     done = make_affinity_scores(ds, tmp_path, tmp_path / "out", processes=1, progress=False)
     assert done["computed"] == 3 and [n for n, _ in done["skipped"]] == [ds.ids[other]] and "belongs to another image" in done["skipped"][0][1]
     (tmp_path / f"{ds.ids[2]}.npz").unlink()
-    with pytest.raises(FileNotFoundError, match="lacks 1 of 4 seeds"): make_affinity_masks(ds, tmp_path, small(), tmp_path / "out2", processes=1, progress=False)
+    with pytest.raises(FileNotFoundError, match="lacks 1 of 4 seeds"):
+        make_affinity_masks(ds, tmp_path, small(), tmp_path / "out2", processes=1, progress=False)
 
 
 def test_an_empty_seed_gives_background_and_a_warning(made, tmp_path):

@@ -219,7 +219,8 @@ def test_shift_at_the_end_is_the_same_training(scenes):
     assert torch.equal(recam_weights(shift_head(a)), recam_weights(b)) and recam_weights(b).min() == 0
 
 
-@pytest.mark.parametrize("build", [lambda: conformer_mini(10), lambda: TwoBranch("resnet18", "vit_tiny_patch16_224", 10, img_size=32, depth=1)], ids=["conformer", "two_branch"])
+@pytest.mark.parametrize("build", [lambda: conformer_mini(10), lambda: TwoBranch("resnet18", "vit_tiny_patch16_224", 10, img_size=32, depth=1)],
+                         ids=["conformer", "two_branch"])
 def test_two_branches_keep_both_losses(build, scenes, tmp_path):
     torch.manual_seed(0)
     model = build()
@@ -256,7 +257,8 @@ def test_views_are_weighted_maps(trained, scenes):
     assert [tuple(v.shape) for v in views] == [(len(keys), 8, 8), (len(keys), 4, 4)]
     from adcam.seeds import view
     x = view(s.image, 1., 8, "round")
-    with torch.no_grad(): o = torch.einsum("kc,bchw->bkhw", class_weights(trained)*recam_weights(trained), class_features(trained, torch.cat([x, x.flip(-1)]))).relu()
+    with torch.no_grad():
+        o = torch.einsum("kc,bchw->bkhw", class_weights(trained)*recam_weights(trained), class_features(trained, torch.cat([x, x.flip(-1)]))).relu()
     assert torch.allclose(views[0], (o[0] + o[1].flip(-1))[keys], atol=1e-5)
     maps = recam(trained, s.image, s.label, scales=(1., .5), flip=True)
     assert maps.shape == (10, 16, 16) and torch.allclose(maps[keys], merge(views, (64, 64))[0]) and not maps[[k for k in range(10) if k not in keys]].any()

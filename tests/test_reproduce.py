@@ -7,7 +7,8 @@ from adcam.reproduce import FULL, SEEDS, beside, estimate_hours, main, measured_
 from adcam.scenes import write_voc
 from conftest import ROOT
 
-SMALL = replace(profiles["voc"], network="conformer_mini", num_classes=10, train_split="train", seed_split="train", test_split="val", segmentation="deeplabv2_mini", crop=64, epochs=1, batch=2,
+SMALL = replace(profiles["voc"], network="conformer_mini", num_classes=10, train_split="train", seed_split="train", test_split="val",
+                segmentation="deeplabv2_mini", crop=64, epochs=1, batch=2,
                 scales=(1.,), flip=False, k=4, irn_crop=64, irn_radius=3, irn_epochs=1, irn_batch=2, seg_crop=64, seg_iterations=1, seg_batch=2)
 SPEEDS = dict(classifier=1., seeds=1., irnet=1., segmentation=1., prediction=1., label=1., walk=1.)
 
@@ -22,7 +23,8 @@ def done(tmp_path_factory):
 
 def test_every_row_of_both_tables_gets_numbers(done):
     rows = done[1]
-    assert [r["row"] for r in rows if r["table"] == "1"] == list(FULL) and all(r[c] is not None for r in rows if r["table"] == "1" for c in ("seed", "pseudo", "val"))
+    assert [r["row"] for r in rows if r["table"] == "1"] == list(FULL)
+    assert all(r[c] is not None for r in rows if r["table"] == "1" for c in ("seed", "pseudo", "val"))
     assert {r["row"] for r in rows if r["table"] == "3"} == {"CAM", "AD-CAM", *SEEDS} and all(0 <= r["miou"] <= 100 for r in rows if r["table"] == "3")
 
 

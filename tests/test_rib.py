@@ -145,7 +145,8 @@ def test_a_step_is_gradient_descent_on_the_loss(net, scenes, sample):
     keys, (x, y) = classes(sample), rib_batch(scenes, sample.image, classes(sample), 2, 48, (48, 80))
     view = module.view(sample.image, 1., 8)
     pair = torch.cat([view, view.flip(-1)])
-    got = [s.maps for s in rib_steps(net, [View(.5, pair[..., ::2, ::2], None), View(1., pair, None)], keys, (x, y), steps=2, lr=1e-2, lr_head=1e-1, weight_decay=1e-3)]
+    got = [s.maps for s in rib_steps(net, [View(.5, pair[..., ::2, ::2], None), View(1., pair, None)], keys, (x, y), steps=2, lr=1e-2, lr_head=1e-1,
+                                     weight_decay=1e-3)]
     groups, hand = rib_learns(net), resnet_mini().eval()
     hand.load_state_dict(net.state_dict())
     label = torch.from_numpy(sample.label)[None].expand(2, -1)
@@ -332,7 +333,8 @@ def test_another_process_draws_the_same(root):
 # ---------------------------------------------------------------- faults
 
 def test_half_precision_and_training_mode(sample):
-    for net, words in ((resnet_mini().eval().half(), "call model.float"), (resnet_mini().eval().bfloat16(), "call model.float"), (resnet_mini().train(), "call model.eval")):
+    for net, words in ((resnet_mini().eval().half(), "call model.float"), (resnet_mini().eval().bfloat16(), "call model.float"),
+                       (resnet_mini().train(), "call model.eval")):
         with pytest.raises(ValueError, match=words): rib_views(net, sample.image, classes(sample))
 
 

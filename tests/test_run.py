@@ -11,7 +11,8 @@ from adcam.pipeline import profiles
 from adcam.run import method_options, override, run, run_data, score_masks, score_seeds, segmentation_net
 from adcam.scenes import write_voc
 
-TINY = ["num_classes=10", "network=conformer_tiny", "scales=0.5", "flip=False", "crop=64", "epochs=1", "k=4", "irn_crop=64", "irn_epochs=1", "irn_radius=4", "walk_exp_times=2"]
+TINY = ["num_classes=10", "network=conformer_tiny", "scales=0.5", "flip=False", "crop=64", "epochs=1", "k=4", "irn_crop=64", "irn_epochs=1",
+        "irn_radius=4", "walk_exp_times=2"]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,9 @@ def test_override_reads_what_it_is_told(k, scales, direction, flip):
     assert p.epochs == 5 and profiles["voc"].k == 50
 
 
-@pytest.mark.parametrize("change, says", [("kk=3", "did you mean k"), ("k", "no setting; write NAME=VALUE"), ("k=1.5", "k=50"), ("scales=a,b", "scales="), ("flip=1", "flip=True"),
+@pytest.mark.parametrize("change, says",
+                         [("kk=3", "did you mean k"), ("k", "no setting; write NAME=VALUE"), ("k=1.5", "k=50"), ("scales=a,b", "scales="),
+                          ("flip=1", "flip=True"),
                                           ("name=x", "no setting 'name'"), ("lr_vit=high", "give a value of that kind")])
 def test_override_refuses(change, says):
     with pytest.raises(ValueError, match=says): override(profiles["voc"], [change])
@@ -71,7 +74,8 @@ def finished(tree, tmp_path_factory):
 def test_every_stage_left_its_files(tree, finished):
     out, result, said = finished
     good = {tree[1][i] for i in (0, 3, 4)}
-    assert {p.stem for p in (out / "seeds").glob("*.npz")} == {p.stem for p in (out / "ir_labels").glob("*.png")} == {p.stem for p in (out / "pseudo_masks").glob("*.png")} == good
+    assert ({p.stem for p in (out / "seeds").glob("*.npz")}
+            == {p.stem for p in (out / "ir_labels").glob("*.png")} == {p.stem for p in (out / "pseudo_masks").glob("*.png")} == good)
     assert (out / "classifier/weights.safetensors").is_file() and (out / "irnet/irnet.safetensors").is_file()
     assert said.count("random") == 2, "a run without weights has to be loud about both networks"
 
@@ -79,7 +83,8 @@ def test_every_stage_left_its_files(tree, finished):
 def test_result_names_settings_and_what_was_left_out(tree, finished):
     out, result, _ = finished
     body = json.loads((out / "run.json").read_text())
-    assert [r["stage"] for r in body["rows"]] == ["data", "classifier", "seeds", "seed scores", "seed scores", "IR labels", "IRNet", "pseudo masks", "mask scores"]
+    assert ([r["stage"] for r in body["rows"]]
+            == ["data", "classifier", "seeds", "seed scores", "seed scores", "IR labels", "IRNet", "pseudo masks", "mask scores"])
     assert [s["id"] for s in body["skipped"]] == [tree[1][1]] and body["unlabeled"] == [tree[1][2]]
     assert body["provenance"]["settings"]["network"] == "conformer_tiny" and body["provenance"]["settings"]["limit"] == 5
     assert str(tree[0]) not in json.dumps(body["provenance"]), "a machine path would be committed with the result"
@@ -89,7 +94,8 @@ def test_scores_are_those_of_the_files(tree, finished):
     out, result, _ = finished
     p, ds = override(profiles["voc"], TINY), run_data(override(profiles["voc"], TINY), f"voc:{tree[0]}", limit=5).train
     rows = {(r["stage"], r["note"]): r for r in result.rows if "miou" in r}
-    for row in score_seeds(ds, out / "seeds", p.thresholds): assert rows["seed scores", f"threshold {row['t']:.2f}, {row['rule']}, no CRF"]["miou"] == row["miou"]
+    for row in score_seeds(ds, out / "seeds", p.thresholds):
+        assert rows["seed scores", f"threshold {row['t']:.2f}, {row['rule']}, no CRF"]["miou"] == row["miou"]
     assert score_masks(ds, out / "pseudo_masks")["miou"] == rows["mask scores", "background 0.25, no CRF"]["miou"]
 
 
@@ -102,14 +108,17 @@ def test_a_repeated_run_computes_what_is_missing_only(tree, finished, tmp_path):
     again = run(override(profiles["voc"], TINY), f"voc:{tree[0]}", copy, limit=5, progress=False)
     notes = {r["stage"]: r["note"] for r in again.rows if "seconds" in r}
     assert all(notes[s].startswith("was there") for s in ("classifier", "IRNet"))
-    assert notes["seeds"] == "1 computed, 2 were there" and notes["IR labels"] == "0 computed, 3 were there" and notes["pseudo masks"] == "1 computed, 2 were there"
+    assert notes["seeds"] == "1 computed, 2 were there"
+    assert notes["IR labels"] == "0 computed, 3 were there"
+    assert notes["pseudo masks"] == "1 computed, 2 were there"
     assert [r["miou"] for r in again.rows if "miou" in r] == [r["miou"] for r in result.rows if "miou" in r]
 
 
 def test_masks_are_optional(tree, tmp_path):
     root = shutil.copytree(tree[0], tmp_path / "VOC2012")
     shutil.rmtree(root / "SegmentationClass")
-    result = run(override(profiles["mini"], ["walk_exp_times=1", "irn_crop=32", "irn_radius=4", "irn_epochs=1"]), f"voc:{root}", tmp_path / "out", limit=5, progress=False)
+    result = run(override(profiles["mini"], ["walk_exp_times=1", "irn_crop=32", "irn_radius=4", "irn_epochs=1"]), f"voc:{root}", tmp_path / "out",
+                 limit=5, progress=False)
     assert not any("miou" in r for r in result.rows) and result.rows[-1]["stage"] == "pseudo masks"
 
 
@@ -135,7 +144,8 @@ def test_segmentation_is_the_next_stage(tree, finished, tmp_path):
     assert len(list((out / "predictions").glob("*.png"))) == predictions["images"] - 1
 
 
-@pytest.mark.parametrize("change, init, says", [("segmentation=fcn", None, "choose one of deeplabv2_resnet101"), ("segmentation=upernet", "file.pth", "give timm instead")])
+@pytest.mark.parametrize("change, init, says",
+                         [("segmentation=fcn", None, "choose one of deeplabv2_resnet101"), ("segmentation=upernet", "file.pth", "give timm instead")])
 def test_segmentation_networks_are_named(change, init, says):
     with pytest.raises(ValueError, match=says): segmentation_net(override(profiles["voc"], [change]), init)
 

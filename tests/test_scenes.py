@@ -256,7 +256,8 @@ def test_voc_reader_gives_the_scenes_back(tmp_path):
 
 @pytest.mark.parametrize("call, word", [
     (lambda: render_scene(-1), "non-negative"), (lambda: render_scene(0, 100), "multiple of 16"), (lambda: render_scene(0, 16), "at least 32"),
-    (lambda: Scenes("validation"), "choose one of"), (lambda: Scenes("val", n=0), "n=0"), (lambda: Scenes("val", n=10**8), "n=1"), (lambda: Scenes(size=100), "multiple of 16")])
+    (lambda: Scenes("validation"), "choose one of"), (lambda: Scenes("val", n=0), "n=0"), (lambda: Scenes("val", n=10**8), "n=1"),
+    (lambda: Scenes(size=100), "multiple of 16")])
 def test_refuses(call, word):
     with pytest.raises(ValueError, match=word): call()
 

@@ -125,7 +125,8 @@ def test_golden_score_cam_readings_differ(tiny, x, golden):
     maps = {}
     for r in ("authors", "gradcam"):
         A, (logits, _) = run(tiny, x, r)
-        maps[r] = minmax(F.interpolate(weighted(channel_weights(logits, range(5), **{k: v for k, v in READINGS[r].items() if k in ("score", "channel_softmax")}), A)[None], (40, 48), mode="bilinear")[0])
+        maps[r] = minmax(F.interpolate(weighted(channel_weights(logits, range(5), **{k: v for k, v in READINGS[r].items()
+            if k in ("score", "channel_softmax")}), A)[None], (40, 48), mode="bilinear")[0])
     np.testing.assert_allclose((maps["authors"] - maps["gradcam"]).abs().amax((1, 2)), log["hw_vs_gc_maxabs"], atol=.01)
 
 
@@ -203,7 +204,8 @@ def test_flip_adds_the_mirrored_map(tiny, picture):
     assert torch.allclose(both, one(picture) + one(picture[:, ::-1].copy()).flip(-1), atol=1e-5)
 
 
-@pytest.mark.parametrize("build", [lambda: conformer_mini(5), lambda: TwoBranch("test_resnet", "test_vit", 5), lambda: resnet_mini(5), lambda: CamNet("test_resnet", 5)],
+@pytest.mark.parametrize("build",
+                         [lambda: conformer_mini(5), lambda: TwoBranch("test_resnet", "test_vit", 5), lambda: resnet_mini(5), lambda: CamNet("test_resnet", 5)],
                          ids=["Conformer", "TwoBranch", "resnet_mini", "timm"])
 def test_every_network(build):
     torch.manual_seed(0)
@@ -244,7 +246,8 @@ def test_data_set_resumes_per_image(tmp_path):
 def test_two_shards_make_the_bytes_of_one_run(tmp_path):
     torch.manual_seed(0)
     net, ds = resnet_mini(10).eval(), Scenes("val", 2, 48)
-    for name, shard in (("one", (0, 1)), ("two", (0, 2)), ("two", (1, 2))): extract_dataset(net, ds, tmp_path / name, "score_cam", channels=4, shard=shard, progress=False)
+    for name, shard in (("one", (0, 1)), ("two", (0, 2)), ("two", (1, 2))):
+        extract_dataset(net, ds, tmp_path / name, "score_cam", channels=4, shard=shard, progress=False)
     assert {p.name: p.read_bytes() for p in (tmp_path / "one").iterdir()} == {p.name: p.read_bytes() for p in (tmp_path / "two").iterdir()}
     assert load_seed(tmp_path / f"one/{ds.ids[0]}.npz").high_res.max() > .9
 
@@ -262,8 +265,11 @@ def test_labels(tiny, picture):
     with pytest.raises(ValueError, match="class 4 is not in the image's label"): score_cam(tiny, picture, hot(1), classes=[4])
 
 
-@pytest.mark.parametrize("options, words", [(dict(score="probability"), "choose one of logit"), (dict(order="both"), "choose one of upsample_first"), (dict(baseline="white"), "choose one of none"),
-                                            (dict(group=0), "at least 1"), (dict(channels=0), "at least 1"), (dict(channels=1.5), "whole number"), (dict(k=3), "no option 'k'")])
+@pytest.mark.parametrize("options, words",
+                         [(dict(score="probability"), "choose one of logit"), (dict(order="both"), "choose one of upsample_first"),
+                          (dict(baseline="white"), "choose one of none"),
+                                            (dict(group=0), "at least 1"), (dict(channels=0), "at least 1"), (dict(channels=1.5), "whole number"),
+                                            (dict(k=3), "no option 'k'")])
 def test_wrong_options(tiny, picture, options, words):
     with pytest.raises(ValueError, match=words): score_cam(tiny, picture, hot(1), **options)
 
@@ -277,7 +283,8 @@ def test_networks_that_cannot_answer(tiny, picture):
 
 def test_nan_names_the_picture_and_the_scale(tiny, picture):
     with torch.no_grad(): tiny.classifier.weight[2, 0] = float("nan")
-    with pytest.raises(ValueError, match="2007_000032 at scale 1: the network gives NaN or infinity for .* masked pictures"): score_cam_views(tiny, picture, [0], name="2007_000032")
+    with pytest.raises(ValueError, match="2007_000032 at scale 1: the network gives NaN or infinity for .* masked pictures"):
+        score_cam_views(tiny, picture, [0], name="2007_000032")
 
 
 def test_nan_stops_a_data_set(tmp_path):

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adcam.baselines.seam import PCMHead, SEAM, SEAMConfig, add_pcm, inner_maps, pcm, pcm_views, seam, seam_forward, seam_losses, seam_merge, seam_views, train_seam, winners
+from adcam.baselines.seam import (PCMHead, SEAM, SEAMConfig, add_pcm, inner_maps, pcm, pcm_views, seam, seam_forward, seam_losses,
+                                  seam_merge, seam_views, train_seam, winners)
 from adcam.branches import TwoBranch
 from adcam.cnn import CamNet, class_features, class_weights, resnet_mini
 from adcam.conformer import conformer_mini
@@ -45,7 +46,8 @@ def maps_of(rules): return lambda *seeds: torch.from_numpy(np.stack([rules.cam_m
 @pytest.fixture(scope="module")
 def head(rules):
     head = PCMHead((512, 1024))
-    for part, k in ((head.low, "f8_3"), (head.middle, "f8_4"), (head.embed, "f9")): part.weight.data = torch.from_numpy(rules.fill(f"seam.{k}.weight", tuple(part.weight.shape)))
+    for part, k in ((head.low, "f8_3"), (head.middle, "f8_4"), (head.embed, "f9")):
+        part.weight.data = torch.from_numpy(rules.fill(f"seam.{k}.weight", tuple(part.weight.shape)))
     return head
 
 
@@ -70,8 +72,9 @@ def test_golden_seam_pcm(head, nrm, maps_of, g16):
 
 
 def test_golden_seam_head(head, rules, nrm, g16, log):
-    """Normalized maps, the 195 channels, both outputs, and which weights learn from the PCM's output. A mean hardly changes its sum, so that gradient is what a cancellation
-    leaves over: ours in float32 and in float64 differ by 13 %, and the reference's float32 lies between the two."""
+    """Normalized maps, the 195 channels, both outputs, and which weights learn from the PCM's output.
+    A mean hardly changes its sum, so that gradient is what a cancellation leaves over: ours in float32 and in float64 differ by 13 %, and the
+    reference's float32 lies between the two."""
     inner = [F.relu(nrm(811 + i, (2, c, 12, 14))).requires_grad_() for i, c in enumerate((512, 1024, 4096))]
     cam = F.conv2d(inner[2], torch.from_numpy(rules.fill("seam.fc8.weight", (21, 4096, 1, 1))))
     x, n = nrm(810, (2, 3, 96, 112)), winners(cam[:, 1:])
@@ -85,7 +88,8 @@ def test_golden_seam_head(head, rules, nrm, g16, log):
     head.zero_grad()
     up(rv).sum().backward()
     want = log["seam_grad_from_cam_rv"]
-    for part, k in ((head.low, "f8_3"), (head.middle, "f8_4"), (head.embed, "f9")): assert float(part.weight.grad.norm()) == pytest.approx(want[f"{k}.weight"], rel=.2)
+    for part, k in ((head.low, "f8_3"), (head.middle, "f8_4"), (head.embed, "f9")):
+        assert float(part.weight.grad.norm()) == pytest.approx(want[f"{k}.weight"], rel=.2)
     assert all(m.grad is None for m in inner) and all(want[k] is None for k in ("conv4", "conv5", "conv6", "fc8.weight"))
     head.zero_grad()
 
@@ -93,7 +97,8 @@ def test_golden_seam_head(head, rules, nrm, g16, log):
 def test_golden_seam_losses_and_gradients(nrm, g16b, log):
     want = log["seam_loss"]
     blocky = lambda seed, H, W: nrm(seed, (2, 21, H//8, W//8)).repeat_interleave(8, 2).repeat_interleave(8, 3) + nrm(seed + 1, (2, 21, H, W), .3)
-    c1, r1, c2, r2 = (t.clone().requires_grad_() for t in (blocky(822, 80, 96), F.relu(blocky(824, 80, 96) + .6), blocky(826, 24, 32)[..., :28], F.relu(blocky(828, 24, 32)[..., :28] + .6)))
+    c1, r1, c2, r2 = (t.clone().requires_grad_() for t in (blocky(822, 80, 96), F.relu(blocky(824, 80, 96) + .6), blocky(826, 24, 32)[..., :28],
+                                                           F.relu(blocky(828, 24, 32)[..., :28] + .6)))
     y = torch.zeros(2, 20)
     for i, ks in enumerate(want["labels"]): y[i, ks] = 1
     assert list(c2.shape) == [want["img2"][0], 21, *want["img2"][2:]]
@@ -221,7 +226,8 @@ def picture(): return np.random.default_rng(0).integers(0, 256, (64, 64, 3), dty
 def hot(*classes, K=10): return torch.zeros(K).index_fill(0, torch.tensor(classes), 1)
 
 
-@pytest.mark.parametrize("build", [lambda: conformer_mini(10), lambda: TwoBranch("test_resnet", "test_vit", 10), lambda: resnet_mini(10)], ids=["Conformer", "TwoBranch", "CamNet"])
+@pytest.mark.parametrize("build", [lambda: conformer_mini(10), lambda: TwoBranch("test_resnet", "test_vit", 10), lambda: resnet_mini(10)],
+                         ids=["Conformer", "TwoBranch", "CamNet"])
 def test_pcm_on_every_network(build, picture):
     torch.manual_seed(0)
     net = build().eval()

@@ -37,7 +37,8 @@ def test_merge_matches_irn(golden, golden_rules):
 
 
 @settings(max_examples=50, deadline=None)
-@given(h=st.integers(1, 900), w=st.integers(1, 900), s=st.sampled_from([.25, .5, 1., 1.5, 2.]), stride=st.sampled_from([8, 16]), mode=st.sampled_from(SIZE_MODES))
+@given(h=st.integers(1, 900), w=st.integers(1, 900), s=st.sampled_from([.25, .5, 1., 1.5, 2.]), stride=st.sampled_from([8, 16]),
+       mode=st.sampled_from(SIZE_MODES))
 def test_view_size(h, w, s, stride, mode):
     plain, padded = view_size((h, w), s, stride, mode)
     if mode == "exact":

@@ -59,7 +59,8 @@ LAUNCHERS = dict(torchrun=["torch.distributed.run", "--standalone", "--nproc-per
 def start(launcher, folder, pause):
     (folder / "worker.py").write_text(WORKER.format(tests=str(Path(__file__).parent)))
     env = dict(os.environ, ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
-    return subprocess.Popen([sys.executable, "-m", *LAUNCHERS[launcher], str(folder / "worker.py"), str(folder / "out"), str(pause)], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return subprocess.Popen([sys.executable, "-m", *LAUNCHERS[launcher], str(folder / "worker.py"), str(folder / "out"), str(pause)], env=env,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def wait_for(what, run):
@@ -158,10 +159,16 @@ def test_unreadable_images_are_reported_and_others_kept(tmp_path, ds, alone, pro
     done = extract_dataset(network(), faulty, tmp_path, processes=processes, **OPTIONS)
     assert (done["computed"], done["cached"], done["unlabeled"]) == (N - 4, 0, [ds.ids[4]])
     told = dict(done["skipped"])
-    assert set(told) == {ds.ids[i] for i in (1, 3, 5)} and "cut short" in told[ds.ids[1]] and "complete the folder" in told[ds.ids[3]] and "0 or 1" in told[ds.ids[5]]
+    assert set(told) == {ds.ids[i] for i in (1, 3, 5)}
+    assert "cut short" in told[ds.ids[1]]
+    assert "complete the folder" in told[ds.ids[3]]
+    assert "0 or 1" in told[ds.ids[5]]
     assert files(tmp_path) == {f"{i}.npz": alone[f"{i}.npz"] for n, i in enumerate(ds.ids) if n not in (1, 3, 4, 5)}
     account = check_seeds(tmp_path, faulty)
-    assert account["skipped"] == [(i, told[i]) for i in faulty.ids if i in told] and account["unlabeled"] == [ds.ids[4]] and account["missing"] == [] and not account["complete"]
+    assert account["skipped"] == [(i, told[i]) for i in faulty.ids if i in told]
+    assert account["unlabeled"] == [ds.ids[4]]
+    assert account["missing"] == []
+    assert not account["complete"]
     assert json.loads((tmp_path / "skipped-0-of-1.json").read_text())["unlabeled"] == [ds.ids[4]]
     mended = extract_dataset(network(), ds, tmp_path, **OPTIONS)  # the files have been repaired
     assert (mended["computed"], mended["skipped"], files(tmp_path)) == (4, [], alone) and check_seeds(tmp_path, ds)["complete"]
@@ -192,7 +199,8 @@ def test_classes_of_data_and_network_must_agree(tmp_path, ds):
 
 @torch.no_grad()
 @pytest.mark.parametrize("method,options", [("cam", {}), ("ts_cam", {}), ("ts_cam", dict(layers=2)), ("trans_cam", dict(steps=2)), ("att_diffu", {}),
-                                            ("ad_cam", dict(k=9)), ("ad_cam", dict(k=9, layers=[0, 2])), ("ad_cam", dict(k=9, renorm="per_layer")), ("ad_cam", dict(k=9, renorm="none"))])
+                                            ("ad_cam", dict(k=9)), ("ad_cam", dict(k=9, layers=[0, 2])), ("ad_cam", dict(k=9, renorm="per_layer")),
+                                            ("ad_cam", dict(k=9, renorm="none"))])
 def test_reduced_maps_give_the_same(ds, method, options):
     "Exactly, and up to rounding where blocks took the fused kernel"
     net, f = network(), METHODS[method]

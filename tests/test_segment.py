@@ -41,7 +41,8 @@ class Net(nn.Module):
         return [z, z[..., ::2, ::2]] if self.training else z
 
     def groups(self, lr, weight_decay):
-        return [dict(params=list(self.body.parameters()), lr=lr, weight_decay=weight_decay), dict(params=list(self.head.parameters()), lr=2*lr, weight_decay=0.)]
+        return [dict(params=list(self.body.parameters()), lr=lr, weight_decay=weight_decay),
+                dict(params=list(self.head.parameters()), lr=2*lr, weight_decay=0.)]
 
 
 class Blobs:
@@ -132,7 +133,9 @@ def test_masks_of_a_folder_and_of_a_function_are_the_same(tmp_path):
     assert a.usable == b.usable == list(range(8)) and (a.pixels == b.pixels).all() and a.pixels[1] == a.pixels[2] == 8*14*14
 
 
-@pytest.mark.parametrize("odd,words", [(dict(m2=ds[2].mask*9), r"blob_002.png holds class ids \[9, 18\]"), (dict(m2=None), "no mask .*blob_002.png; make it by make_pseudo_masks")])
+@pytest.mark.parametrize("odd,words",
+                         [(dict(m2=ds[2].mask*9), r"blob_002.png holds class ids \[9, 18\]"),
+                          (dict(m2=None), "no mask .*blob_002.png; make it by make_pseudo_masks")])
 def test_a_wrong_mask_file_is_named_before_training(tmp_path, odd, words):
     write_masks(tmp_path, **{k: v for k, v in odd.items() if v is not None})
     if odd["m2"] is None: (tmp_path/"blob_002.png").unlink()
@@ -162,28 +165,34 @@ def test_masks_of_255_are_left_out_and_named(tmp_path):
 
 
 def test_nothing_to_learn_from():
-    with pytest.raises(ValueError, match="no image can be trained on: the masks hold 8 masks of nothing but 255"): train_segmentation(Net(), ds, lambda s: np.full_like(s.mask, 255), QUICK, progress=False)
+    with pytest.raises(ValueError, match="no image can be trained on: the masks hold 8 masks of nothing but 255"):
+        train_segmentation(Net(), ds, lambda s: np.full_like(s.mask, 255), QUICK, progress=False)
     with pytest.raises(ValueError, match="no object in any of 8 masks"): train_segmentation(Net(), ds, lambda s: 0*s.mask, QUICK, progress=False)
     with pytest.raises(ValueError, match="the data set is empty"): train_segmentation(Net(), Blobs(0), truth, QUICK, progress=False)
 
 
 def test_a_part_that_is_all_255_adds_nothing():
-    def corner(s): return np.where(np.add.outer(np.arange(s.mask.shape[0]), np.arange(s.mask.shape[1])) < 8, s.mask, 255).astype(np.uint8) if s.id < "blob_006" else s.mask
+    def corner(s):
+        return np.where(np.add.outer(np.arange(s.mask.shape[0]), np.arange(s.mask.shape[1])) < 8, s.mask, 255).astype(np.uint8) if s.id < "blob_006" else s.mask
     history = train_segmentation(Net(), ds, corner, replace(QUICK, batch=2, crop=12, iterations=30, patience=99), progress=False)
     assert all(np.isfinite(r["loss"]) for r in history) and min(r["loss"] for r in history) == 0
 
 
 # settings
 
-@pytest.mark.parametrize("change,words", [(dict(iterations=0), "iterations is 0"), (dict(batch=5), "a multiple of 2"), (dict(lr=0.), "lr is 0.0"), (dict(scales=()), "one or more factors"),
-    (dict(optimizer="adam"), "'sgd' or 'adamw'"), (dict(mixed_precision="half"), "one of fp32, tf32, bf16, fp16"), (dict(crop=0), "crop is 0"), (dict(patience=0), "patience is 0"), (dict(warmup=-1), "warmup is -1")])
+@pytest.mark.parametrize("change,words",
+                         [(dict(iterations=0), "iterations is 0"), (dict(batch=5), "a multiple of 2"), (dict(lr=0.), "lr is 0.0"),
+                          (dict(scales=()), "one or more factors"),
+    (dict(optimizer="adam"), "'sgd' or 'adamw'"), (dict(mixed_precision="half"), "one of fp32, tf32, bf16, fp16"), (dict(crop=0), "crop is 0"),
+    (dict(patience=0), "patience is 0"), (dict(warmup=-1), "warmup is -1")])
 def test_settings_that_cannot_work(change, words):
     with pytest.raises(ValueError, match=words): train_segmentation(Net(), ds, truth, replace(QUICK, **change), progress=False)
 
 
 def test_the_network_must_fit_the_data():
     net = Net(); net.num_classes = 5
-    with pytest.raises(ValueError, match="the network has 5 classes, the data 2 and the background; build it with num_classes=3"): train_segmentation(net, ds, truth, QUICK)
+    with pytest.raises(ValueError, match="the network has 5 classes, the data 2 and the background; build it with num_classes=3"):
+        train_segmentation(net, ds, truth, QUICK)
     with pytest.raises(ValueError, match="Linear has no num_classes"): train_segmentation(nn.Linear(2, 2), ds, truth, QUICK)
 
 
@@ -212,7 +221,8 @@ def test_parts_of_a_batch_average_their_losses():
     views = SegViews(ds, truth, other, c)
     places = next(iter(Stream(8, 4)))
     segment._begin(other, c)
-    losses = [segment.segmentation_loss(other(torch.stack([views[p][0] for p in part])), torch.stack([views[p][1] for p in part])) for part in (places[:2], places[2:])]
+    losses = [segment.segmentation_loss(other(torch.stack([views[p][0] for p in part])),
+                                        torch.stack([views[p][1] for p in part])) for part in (places[:2], places[2:])]
     (sum(losses)/2).backward()
     assert history[0]["loss"] == pytest.approx(sum(losses).item()/2, rel=1e-5)
     with torch.no_grad(): other.head.weight -= .1*other.head.weight.grad
@@ -251,8 +261,10 @@ def test_a_finished_run_is_not_overwritten(tmp_path):
     stamp = (tmp_path/"weights.safetensors").stat().st_mtime_ns
     assert train_segmentation(Net(), ds, truth, c, out=tmp_path, progress=False) == first
     assert (tmp_path/"weights.safetensors").stat().st_mtime_ns == stamp
-    with pytest.raises(ValueError, match="holds a finished run; choose another folder, or pass force=True"): train_segmentation(Net(), ds, truth, c, out=tmp_path, resume=False, progress=False)
-    with pytest.raises(ValueError, match=r"holds a finished run with other settings \(lr: 0.05 there, 0.1 now\)"): train_segmentation(Net(), ds, truth, replace(c, lr=.1), out=tmp_path, progress=False)
+    with pytest.raises(ValueError, match="holds a finished run; choose another folder, or pass force=True"):
+        train_segmentation(Net(), ds, truth, c, out=tmp_path, resume=False, progress=False)
+    with pytest.raises(ValueError, match=r"holds a finished run with other settings \(lr: 0.05 there, 0.1 now\)"):
+        train_segmentation(Net(), ds, truth, replace(c, lr=.1), out=tmp_path, progress=False)
     (tmp_path/"last.pt").unlink()                                   # even without it
     for config in (c, replace(c, lr=.1)):
         with pytest.raises(ValueError, match="finished run"): train_segmentation(Net(), ds, truth, config, out=tmp_path, progress=False)
@@ -264,13 +276,15 @@ def test_another_class_count_in_the_folder_is_named(tmp_path):
     train_segmentation(Net(), ds, truth, replace(QUICK, iterations=4), out=tmp_path, progress=False)
     net, other = Net(), Blobs()
     net.num_classes, other.classes, net.head = 4, ("red", "green", "blue"), nn.Conv2d(16, 4, 1)
-    with pytest.raises(ValueError, match="num_classes: 3 there, 4 now"): train_segmentation(net, other, truth, replace(QUICK, iterations=4), out=tmp_path, progress=False)
+    with pytest.raises(ValueError, match="num_classes: 3 there, 4 now"):
+        train_segmentation(net, other, truth, replace(QUICK, iterations=4), out=tmp_path, progress=False)
 
 
 def test_a_torn_checkpoint_is_named(tmp_path):
     train_segmentation(Net(), ds, truth, replace(QUICK, iterations=4), out=tmp_path, progress=False)
     (tmp_path/"last.pt").write_bytes(b"half a file")
-    with pytest.raises(ValueError, match="last.pt .*force=True to start again"): train_segmentation(Net(), ds, truth, replace(QUICK, iterations=4), out=tmp_path, progress=False)
+    with pytest.raises(ValueError, match="last.pt .*force=True to start again"):
+        train_segmentation(Net(), ds, truth, replace(QUICK, iterations=4), out=tmp_path, progress=False)
 
 
 def test_a_loss_that_is_no_number_stops_at_the_last_good_weights(monkeypatch):
@@ -280,7 +294,8 @@ def test_a_loss_that_is_no_number_stops_at_the_last_good_weights(monkeypatch):
         return loss(*a, **k)*(float("nan") if len(seen) > 4 else 1)
     loss = segment.segmentation_loss
     monkeypatch.setattr(segment, "segmentation_loss", broken)
-    with pytest.raises(FloatingPointError, match="the loss became {'loss': nan, .* in step 3; lower lr"): train_segmentation(net, ds, truth, QUICK, progress=False)
+    with pytest.raises(FloatingPointError, match="the loss became {'loss': nan, .* in step 3; lower lr"):
+        train_segmentation(net, ds, truth, QUICK, progress=False)
     for k, v in net.named_parameters(): assert torch.equal(v, seen[4][k])
     assert not net.training
 
@@ -449,7 +464,9 @@ def test_nothing_to_predict(trained, tmp_path):
 
 # the archive
 
-@pytest.mark.parametrize("name,listing", [("a.zip", lambda f: zipfile.ZipFile(f).namelist()), ("a.tar.gz", lambda f: tarfile.open(f).getnames()), ("a.tgz", lambda f: tarfile.open(f).getnames())])
+@pytest.mark.parametrize("name,listing",
+                         [("a.zip", lambda f: zipfile.ZipFile(f).namelist()), ("a.tar.gz", lambda f: tarfile.open(f).getnames()),
+                          ("a.tgz", lambda f: tarfile.open(f).getnames())])
 def test_the_archive_has_the_servers_paths(tmp_path, name, listing):
     write_masks(tmp_path, 3)
     file = voc_archive(tmp_path, ds.ids[:3], tmp_path/name)
@@ -466,8 +483,10 @@ def test_the_archive_holds_the_files_unchanged(tmp_path):
 
 def test_what_the_server_would_refuse(tmp_path):
     write_masks(tmp_path, 3, m1=np.full((4, 4), 255))
-    cases = [("blob_007.png; run predict_dataset", dict(ids=[ds.ids[0], "blob_007"])), ("class id 255; VOC has 0", dict(ids=ds.ids[:2])), ("no known suffix", dict(file=tmp_path/"a.rar")),
-             ("is empty", dict(ids=[])), ("choose comp5 or comp6", dict(competition="comp7")), ("stands twice", dict(ids=[ds.ids[0]]*2)), ("its image 9x9", dict(sizes=lambda i: (9, 9)))]
+    cases = [("blob_007.png; run predict_dataset", dict(ids=[ds.ids[0], "blob_007"])), ("class id 255; VOC has 0", dict(ids=ds.ids[:2])),
+             ("no known suffix", dict(file=tmp_path/"a.rar")),
+             ("is empty", dict(ids=[])), ("choose comp5 or comp6", dict(competition="comp7")), ("stands twice", dict(ids=[ds.ids[0]]*2)),
+             ("its image 9x9", dict(sizes=lambda i: (9, 9)))]
     for words, options in cases:
         with pytest.raises((ValueError, FileNotFoundError), match=words): voc_archive(tmp_path, **(dict(ids=ds.ids[:1], file=tmp_path/"a.zip") | options))
     for mode in ("RGB", "L"):

@@ -21,7 +21,8 @@ def made_seed(ds, i):
     "A seed that is half right: soft blobs around the true objects."
     s, y = ds[i], np.linspace(0, 1, ds[i].mask.shape[0])[:, None]
     keys = np.flatnonzero(s.label)
-    maps = np.stack([np.asarray(Image.fromarray(((s.mask == k + 1)*255).astype(np.uint8)).resize((24, 24)).resize(s.mask.shape[::-1]))/255*.8 + .2*y for k in keys])
+    maps = np.stack([np.asarray(Image.fromarray(((s.mask == k + 1)*255).astype(np.uint8)).resize((24, 24)).resize(s.mask.shape[::-1]))/255*.8 + .2*y
+                     for k in keys])
     maps = (maps/maps.max((1, 2), keepdims=True)).astype(np.float32)
     return Seed(keys, maps[:, ::4, ::4], maps)
 
@@ -223,7 +224,8 @@ def own(voc, ds, tmp_path):
         for path in (tmp_path/f"photos/{ds.ids[i]}.jpg", tmp_path/f"own/masks/{ds.ids[i]}.png"):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes((ds.image_path(i) if path.suffix == ".jpg" else ds.mask_path(i)).read_bytes())
-    (tmp_path/"own/labels.csv").write_text("id,labels\n" + "".join(f"{ds.ids[i]},{';'.join(ds.classes[k] for k in np.flatnonzero(ds.label(i)))}\n" for i in range(3)))
+    (tmp_path/"own/labels.csv").write_text("id,labels\n"
+                                           + "".join(f"{ds.ids[i]},{';'.join(ds.classes[k] for k in np.flatnonzero(ds.label(i)))}\n" for i in range(3)))
     (tmp_path/"own/classes.txt").write_text("\n".join(ds.classes) + "\n")
     return tmp_path
 

@@ -84,8 +84,10 @@ def test_slider_class_and_views_change_the_pictures(file, ds):
         c = next(c for c in told["items"][0]["labels"] if sum(c in x["labels"] for x in told["items"]) < len(told["items"]))
         page.locator("#classes label", has_text=told["classes"][c]).click()   # a class: cards without it go
         if len(told["items"][0]["keys"]) > 1: changed(page, 0, heat)
-        page.wait_for_function("n => [...document.querySelectorAll('main figure')].filter(f => f.checkVisibility()).length === n", arg=sum(c in x["labels"] for x in told["items"]))
-        page.wait_for_function("n => document.querySelector('#numbers').textContent.startsWith(`${n} photographs`)", arg=page.locator("main figure:visible").count())
+        page.wait_for_function("n => [...document.querySelectorAll('main figure')].filter(f => f.checkVisibility()).length === n",
+                               arg=sum(c in x["labels"] for x in told["items"]))
+        page.wait_for_function("n => document.querySelector('#numbers').textContent.startsWith(`${n} photographs`)",
+                               arg=page.locator("main figure:visible").count())
         page.locator("#classes label", has_text="all 6").click()
 
         page.locator("main figure button").first.focus()

@@ -55,7 +55,8 @@ TRAININGS = dict(
                 lambda net: net(torch.ones(1, 3, 64, 64))[0]),
     irnet=(boundary_net, lambda net, precision="fp32", **kw: train_irnet(net, SCENES, mask_of, replace(IRN, mixed_precision=precision), progress=False, **kw),
            lambda net: torch.from_numpy(edge_map(net, SCENES[0].image))),
-    segment=(segmenter, lambda net, precision="fp32", **kw: train_segmentation(net, SCENES, mask_of, replace(SEG, mixed_precision=precision), progress=False, **kw),
+    segment=(segmenter, lambda net, precision="fp32", **kw: train_segmentation(net, SCENES, mask_of, replace(SEG, mixed_precision=precision),
+        progress=False, **kw),
              lambda net: predict_logits(net, SCENES[0].image)))
 every_training = pytest.mark.parametrize("fresh, learn, answer", TRAININGS.values(), ids=TRAININGS)
 
@@ -75,7 +76,9 @@ def test_cutting_a_network_open_changes_neither_weights_nor_statistics_nor_modes
     assert {m.training for m in net.modules()} == {training}
 
 
-@pytest.mark.parametrize("build", [lambda: ResNetStages(resnet_mini(10).backbone_net), lambda: ConformerStages(conformer_mini(10)), lambda: TimmStages("resnet10t"), ResNet50Stages],
+@pytest.mark.parametrize("build",
+                         [lambda: ResNetStages(resnet_mini(10).backbone_net), lambda: ConformerStages(conformer_mini(10)),
+                          lambda: TimmStages("resnet10t"), ResNet50Stages],
                          ids=["resnet", "conformer", "timm", "resnet50"])
 def test_the_backbone_of_a_trained_boundary_network_is_the_one_it_was_given(build):
     stages = build()

@@ -10,7 +10,8 @@ from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
 
 from adcam import cam
-from adcam.viz import (ERROR_COLORS, METHODS, METRICS, Inspector, attention_rows, colorize, error_map, inspector, method_style, overlay, overlay_mask, palette, panel, patch_at, set_style,
+from adcam.viz import (ERROR_COLORS, METHODS, METRICS, Inspector, attention_rows, colorize, drawn_palette, error_map, inspector, method_style, overlay,
+                       overlay_mask, palette, panel, patch_at, set_style,
                        show_images, show_matrix)
 
 GRAY = np.full((12, 16, 3), 128, np.uint8)
@@ -36,7 +37,8 @@ def test_colorize_is_a_lookup(mask):
     assert (colorize(mask.astype(np.int64)) == colorize(mask)).all()
 
 
-@pytest.mark.parametrize("bad, word", [(np.zeros((2, 2, 3), int), "(H,W)"), (np.zeros((2, 2)), "integers"), (np.array([[300]]), "0..255"), (np.array([[-1]]), "0..255")])
+@pytest.mark.parametrize("bad, word",
+                         [(np.zeros((2, 2, 3), int), "(H,W)"), (np.zeros((2, 2)), "integers"), (np.array([[300]]), "0..255"), (np.array([[-1]]), "0..255")])
 def test_colorize_refuses(bad, word):
     with pytest.raises(ValueError, match=word.replace("(", r"\(").replace(")", r"\)")): colorize(bad)
 
@@ -65,7 +67,8 @@ def test_overlay_refuses(image, heat, alpha, word):
     with pytest.raises(ValueError, match=word): overlay(image, heat, alpha)
 
 
-@given(arrays(np.uint8, (4, 4), elements=st.sampled_from([0, 1, 2])), arrays(np.uint8, (4, 4), elements=st.sampled_from([0, 1, 2, 255])), st.sampled_from([None, 1, 2]))
+@given(arrays(np.uint8, (4, 4), elements=st.sampled_from([0, 1, 2])), arrays(np.uint8, (4, 4), elements=st.sampled_from([0, 1, 2, 255])),
+       st.sampled_from([None, 1, 2]))
 def test_error_map_pixel_by_pixel(pred, gt, cls):
     out = error_map(pred, gt, cls)
     for p, g, color in zip(pred.ravel(), gt.ravel(), out.reshape(-1, 3)):
@@ -131,7 +134,8 @@ def test_figures():
 
 
 @pytest.mark.parametrize("call, word", [(lambda: show_images([]), "at least one"), (lambda: show_images([GRAY], ["a", "b"]), "one title"),
-                                        (lambda: show_images([GRAY], ncols=0), "ncols=0"), (lambda: show_matrix(np.zeros(3)), "n,m"), (lambda: show_matrix(np.array([["a"]])), "n,m")])
+                                        (lambda: show_images([GRAY], ncols=0), "ncols=0"), (lambda: show_matrix(np.zeros(3)), "n,m"),
+                                        (lambda: show_matrix(np.array([["a"]])), "n,m")])
 def test_figures_refuse(call, word):
     with pytest.raises(ValueError, match=word): call()
 
@@ -144,7 +148,7 @@ def test_overlay_mask_paints_objects_only(mask, alpha):
     out = overlay_mask(GRAY, mask, alpha)
     nothing = (mask == 0) | (mask == 255)
     assert (out[nothing] == 128).all() and out.dtype == np.uint8
-    assert np.abs(out[~nothing] - ((1 - alpha) * 128 + alpha * palette()[mask][~nothing])).max(initial=0) <= .51
+    assert np.abs(out[~nothing] - ((1 - alpha) * 128 + alpha * drawn_palette()[mask][~nothing])).max(initial=0) <= .51
 
 
 def test_panel():
@@ -155,8 +159,11 @@ def test_panel():
     assert not matplotlib.pyplot.get_fignums()
 
 
-@pytest.mark.parametrize("call, word", [(lambda: panel([]), "at least one"), (lambda: panel([[None]]), "at least one"), (lambda: panel([[GRAY], [GRAY, GRAY]]), "equal length"),
-                                        (lambda: panel([[GRAY]], rows=["a", "b"]), "2 names for 1 rows"), (lambda: overlay_mask(GRAY, np.zeros((3, 3), int)), "resize the mask"),
+@pytest.mark.parametrize("call, word",
+                         [(lambda: panel([]), "at least one"), (lambda: panel([[None]]), "at least one"),
+                          (lambda: panel([[GRAY], [GRAY, GRAY]]), "equal length"),
+                                        (lambda: panel([[GRAY]], rows=["a", "b"]), "2 names for 1 rows"),
+                                        (lambda: overlay_mask(GRAY, np.zeros((3, 3), int)), "resize the mask"),
                                         (lambda: overlay_mask(GRAY, np.zeros((12, 16), int), 2), "alpha=2")])
 def test_tables_refuse(call, word):
     with pytest.raises(ValueError, match=word): call()
@@ -210,7 +217,8 @@ def test_all_pictures_of_the_inspector_have_its_size(tool):
     assert all(p.shape == (60, 80, 3) and p.dtype == np.uint8 for p in [tool.heat_picture(), *tool.row_pictures().values()])
 
 
-@pytest.mark.parametrize("name,value,changed", [("k", 2, {"heat", "kept", "refined"}), ("T", 0, {"heat"}), ("direction", "push", {"heat"}), ("cls", 1, {"heat"}),
+@pytest.mark.parametrize("name,value,changed",
+                         [("k", 2, {"heat", "kept", "refined"}), ("T", 0, {"heat"}), ("direction", "push", {"heat"}), ("cls", 1, {"heat"}),
                                                 ("patch", 7, {"heat", "A", "S", "kept", "refined"})])   # the frame moves, too
 def test_choices_change_what_they_should(tool, name, value, changed):
     assert getattr(tool, name) != value
@@ -237,8 +245,10 @@ def test_a_choice_costs_little():
 
 
 @pytest.mark.parametrize("change, word", [
-    (lambda a: a.update(A=a["A"][:5]), r"\(12, 12\)"), (lambda a: a.update(S=a["S"].long()), "floats"), (lambda a: a["heat"].pop((5, 1, "pull")), r"heat lacks \(5, 1, 'pull'\)"),
-    (lambda a: a["heat"].update({(5, 1, "pull"): torch.zeros(2, 4, 4)}), r"\(n, 3, 4\)"), (lambda a: a.update(heat={}), "every"), (lambda a: a.update(classes=["one"]), "1 class names for 2"),
+    (lambda a: a.update(A=a["A"][:5]), r"\(12, 12\)"), (lambda a: a.update(S=a["S"].long()), "floats"),
+    (lambda a: a["heat"].pop((5, 1, "pull")), r"heat lacks \(5, 1, 'pull'\)"),
+    (lambda a: a["heat"].update({(5, 1, "pull"): torch.zeros(2, 4, 4)}), r"\(n, 3, 4\)"), (lambda a: a.update(heat={}), "every"),
+    (lambda a: a.update(classes=["one"]), "1 class names for 2"),
     (lambda a: a.update(image=GRAY / 255), "uint8"), (lambda a: a.update(heat={(13, 1, "pull"): torch.zeros(2, 3, 4)}), "k lies in 1..12")])
 def test_the_inspector_refuses_what_does_not_fit(change, word):
     A, S, heat = matrices()

@@ -30,7 +30,8 @@ def tool():
 def measured(tool, tmp_path_factory):
     "All steps at their smallest"
     top = tmp_path_factory.mktemp("voc")
-    tool.main(["all", "masks", "segment", "--tiny", "--device", "cpu", "--processes", "1", "--chunk", "3", "--every", "1", "--rows", "2", "--work", str(top / "work"), "--out", str(top / "out")])
+    tool.main(["all", "masks", "segment", "--tiny", "--device", "cpu", "--processes", "1", "--chunk", "3", "--every", "1", "--rows", "2",
+               "--work", str(top / "work"), "--out", str(top / "out")])
     return top
 
 
@@ -45,8 +46,10 @@ def test_every_step_says_its_seconds(measured):
 
 
 def test_a_second_run_computes_nothing_again(tool, measured):
-    before = {p: p.stat().st_mtime_ns for p in (measured / "work").rglob("*.npz")} | {p: p.stat().st_mtime_ns for p in (measured / "work").glob("*.safetensors")}
-    tool.main(["train", "count", "--tiny", "--device", "cpu", "--processes", "1", "--chunk", "3", "--work", str(measured / "work"), "--out", str(measured / "again")])
+    before = {p: p.stat().st_mtime_ns for p in (measured / "work").rglob("*.npz")} | {p: p.stat().st_mtime_ns
+        for p in (measured / "work").glob("*.safetensors")}
+    tool.main(["train", "count", "--tiny", "--device", "cpu", "--processes", "1", "--chunk", "3", "--work", str(measured / "work"),
+               "--out", str(measured / "again")])
     assert {p: p.stat().st_mtime_ns for p in before} == before
     a, b = (np.load(measured / folder / "frozen-val.npz") for folder in ("out", "again"))
     assert all((a[n] == b[n]).all() for n in ("tp", "pred", "gt"))
@@ -56,12 +59,14 @@ def test_a_list_gets_the_thresholds_of_the_other(measured):
     found = load_counts(measured / "out")
     val, train = (next(c for c in found if (c.state, c.split) == ("frozen", s)) for s in ("val", "train"))
     assert other_list(found, val) is train
-    of = lambda split, rule: {tuple(r[k] for k in ("seed", "blocks", "method", "k", "steps", "direction")): r["t"] for r in counts_rows([val, train]) if (r["split"], r["rule"]) == (split, rule)}
+    of = lambda split, rule: {tuple(r[k] for k in ("seed", "blocks", "method", "k", "steps", "direction")): r["t"] for r in counts_rows([val, train])
+                              if (r["split"], r["rule"]) == (split, rule)}
     assert of("val", "fixed") == of("train", "oracle") and of("train", "fixed") == of("val", "oracle")
 
 
 def test_cam_is_the_same_for_all_states_of_the_vit(measured):
-    rows = [r for r in counts_rows(load_counts(measured / "out")) if (r["method"], r["split"], r["rule"], r["seed"], r["blocks"]) == ("cam", "val", "oracle", 0, "all")]
+    rows = [r for r in counts_rows(load_counts(measured / "out")) if (r["method"], r["split"], r["rule"], r["seed"],
+                                                                      r["blocks"]) == ("cam", "val", "oracle", 0, "all")]
     assert {r["vit"] for r in rows} == {"frozen", "2e-5", "2e-4"} and len({r["miou"] for r in rows}) == 1
 
 
@@ -78,7 +83,8 @@ def test_attention_is_described_for_every_block_and_both_means(measured):
 
 def test_masks_and_predictions_are_scored(measured):
     rows = json.loads((measured / "out/masks.json").read_text())["rows"]
-    assert {(r["row"], r["column"]) for r in rows} == {(n, c) for n in ("CAM", "AD-CAM, pull") for c in ("seed", "pseudo", "segmentation")} | {("ground truth", "segmentation")}
+    assert ({(r["row"], r["column"]) for r in rows}
+            == {(n, c) for n in ("CAM", "AD-CAM, pull") for c in ("seed", "pseudo", "segmentation")} | {("ground truth", "segmentation")})
 
 
 def test_counting_on_the_device_is_counting_by_sweep():

@@ -191,7 +191,9 @@ print((peak() - before)/2**10)
 def test_memory_does_not_grow_with_the_number_of_blocks():
     "1,601 tokens: one matrix in float32 is 10 MB; sixteen more blocks are 160 MB more if all are kept, nothing if they are added up"
     import subprocess, sys
-    def grown(*args): return float(subprocess.run([sys.executable, "-c", MEMORY, *args], capture_output=True, text=True, check=True, env=dict(os.environ, OMP_NUM_THREADS="1")).stdout)
+    def grown(*args):
+        return float(subprocess.run([sys.executable, "-c", MEMORY, *args], capture_output=True, text=True, check=True,
+                                    env=dict(os.environ, OMP_NUM_THREADS="1")).stdout)
     few, many, kept = grown("4", "mean"), grown("20", "mean"), grown("20", "all")
     assert many < few + 30, f"{few:.0f} MB with 5 blocks, {many:.0f} MB with 21"
     assert kept > many + 100, f"{kept:.0f} MB if every matrix is kept, {many:.0f} MB as a mean"

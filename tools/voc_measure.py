@@ -13,19 +13,20 @@ Steps, in the order in which they are named; each goes on where it was stopped, 
     tuned    the two tuned ViTs: both lists, the first seed
     masks    IR labels, boundary networks and walks of the rows of Table 1 (after count)
     segment  segmentation networks on the masks, and on the ground truth (after masks; needs segmentation_models_pytorch)
+    baselines  ReCAM, AdvCAM, RIB, GETAM, Score-CAM, PCM, SEAM, OAA and CAM with PSA's walk, on as many photographs as the time allows (after train)
     all      train, count, tuned
 
 `--tiny` makes its own drawn scenes and tiny random networks, to try the way in a minute.
 """
-import argparse, json, os, sys, time
+import argparse, ast, json, os, sys, time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 import torch.multiprocessing as mp
-from adcam import voc, voc_masks
+from adcam import voc, voc_baselines, voc_masks
 from adcam.data import VOCFolder
 from adcam.files import atomic_write
 from adcam.scenes import write_voc
@@ -35,10 +36,16 @@ SAW = dict(cnn="ImageNet-1k: 1.28 M photographs with class labels",
 PAIR = "tf_efficientnet_lite0+vit_small_patch14_dinov2"
 
 
+def fields(text):
+    "`a=1,b=.5` as a dict"
+    try: return {name.strip(): ast.literal_eval(value) for name, value in (part.split("=") for part in text.split(",") if part)}
+    except (ValueError, SyntaxError): raise argparse.ArgumentTypeError(f"{text}: write name=value, several with commas between, text in quotes") from None
+
+
 def options(argv=None):
     "The command line"
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("steps", nargs="+", choices=("train", "count", "tuned", "masks", "segment", "all"), help="what to do")
+    p.add_argument("steps", nargs="+", choices=("train", "count", "tuned", "masks", "segment", "baselines", "all"), help="what to do")
     p.add_argument("--data", help="folder in PASCAL VOC layout, with masks")
     p.add_argument("--network", default=PAIR, help="CNN+VIT, timm names")
     p.add_argument("--cnn-weights", default="", help="pre-trained file of the CNN")
@@ -58,6 +65,13 @@ def options(argv=None):
     p.add_argument("--every", type=int, default=4, help="an IR label for every so many photographs")
     p.add_argument("--irn-epochs", type=int, default=6, help="passes of the boundary network over its labels")
     p.add_argument("--seg-iterations", type=int, default=1200, help="steps of each segmentation network")
+    p.add_argument("--few", default="100,60", help="photographs of the two lists for the slow rows of `baselines`")
+    p.add_argument("--more", default="300,200", help="the same for its quick rows")
+    p.add_argument("--effort", default={}, type=fields, metavar="advcam=9,channels=32", help="what the rows of `baselines` spend (adcam.voc_baselines.Effort)")
+    p.add_argument("--only", default="", help="rows of `baselines`, separated by ;")
+    p.add_argument("--irnet", type=Path, help="boundary network for the walks of `baselines`; that of CAM in --work if not given")
+    p.add_argument("--irn", default={}, type=fields, metavar="crop=384,batch=8", help="other fields of the boundary networks' training (IRNetConfig)")
+    p.add_argument("--seg", default={}, type=fields, metavar="crop=257,batch=8", help="other fields of the segmentation networks' training (SegConfig)")
     p.add_argument("--note", default="", help="a remark for the log, such as how the photographs were re-encoded")
     p.add_argument("--cnn-saw", default=SAW["cnn"], help="what the CNN's weights were trained on, for the supervision ledger")
     p.add_argument("--vit-saw", default=SAW["vit"], help="the same for the ViT")
@@ -69,6 +83,8 @@ def options(argv=None):
     a.device = a.device or ("cuda" if torch.cuda.is_available() else "cpu")
     a.processes = a.processes or (6 if a.device != "cpu" else os.cpu_count() or 1)
     if not a.tiny and not (a.data and Path(a.data).is_dir()): p.error(f"--data {a.data}: no such folder; give one in PASCAL VOC layout, or --tiny")
+    odd = [r for r in a.only.split(";") if r.strip() and r.strip() not in voc_baselines.ROWS]
+    if odd: p.error(f"--only {odd[0]}: no such row; choose of {'; '.join(voc_baselines.ROWS)}")
     if len(a.lists) != 2: p.error("--lists takes two names, such as val,train_2007")
     return a
 
@@ -153,12 +169,12 @@ def masks(a, source, plan, lists, recipe, log):
     with voc_masks.Pool(source, rows, work, max(1, a.processes if a.device == "cpu" else (os.cpu_count() or 8)), a.device) as pool:
         left["seeds"] = voc_masks.make_seeds(pool, {n: lists[n] for n in a.lists}, thresholds, a.every, until=until)
         took["seeds and labels"] = time.perf_counter() - began
-        config = voc_masks.IRNetConfig(**dict(epochs=a.irn_epochs, batch=16, momentum=.9, workers=0 if a.device == "cpu" else 3) | recipe)
+        config = voc_masks.IRNetConfig(**dict(epochs=a.irn_epochs, batch=16, momentum=.9, workers=0 if a.device == "cpu" else 3) | recipe | a.irn)
         nets = together(a, voc_masks.train_boundaries, [(source, lists[a.lists[0]], work / "labels" / r.folder, work / "irnet" / f"{r.folder}.safetensors", config, a.device) for r in rows])
         took["boundary networks"] = time.perf_counter() - began - sum(took.values())
         left["walks"] = voc_masks.make_walks(pool, {n: lists[n] for n in a.lists}, until=until)
         took["walks"] = time.perf_counter() - began - sum(took.values())
-    log.add("masks", began, left=left, took={n: round(t, 1) for n, t in took.items()}, networks=nets, label_thresholds=thresholds, every=a.every, machine=machine(a))
+    log.add("masks", began, left=left, took={n: round(t, 1) for n, t in took.items()}, networks=nets, settings=asdict(config), label_thresholds=thresholds, every=a.every, machine=machine(a))
     write_masks(a, rows, log)
 
 
@@ -167,11 +183,27 @@ def segment(a, source, plan, lists, recipe, log):
     began, rows, work = time.perf_counter(), table_rows(a, plan), a.work / "masks"
     best = {n: s.best()["t"] for n, s in voc_masks.walk_counts(work, a.lists[1]).items()}
     gpu = a.device != "cpu"
-    changes = dict(iterations=a.seg_iterations, accumulate=1, lr=1e-3, update=1, check=10**6, mixed_precision="bf16" if gpu else "fp32", workers=3 if gpu else 0) | recipe
+    changes = dict(iterations=a.seg_iterations, accumulate=1, lr=1e-3, update=1, check=10**6, mixed_precision="bf16" if gpu else "fp32", workers=3 if gpu else 0) | recipe | a.seg
     calls = [(source, {n: lists[n] for n in a.lists}, work, r.folder, best[r.folder], changes, a.device) for r in rows if r.folder in best]
     done = together(a, voc_masks.segment, [(*calls[0][:3], "truth", None, *calls[0][5:]), *calls])
     log.add("segment", began, networks=[{k: v for k, v in d.items() if k != "confusion"} for d in done], settings=changes, machine=machine(a))
     write_masks(a, rows, log)
+
+
+def baselines(a, source, lists, log):
+    "Rows that need more than one look at a photograph, in rounds over all rows"
+    began, spent, until = time.perf_counter(), time.process_time(), time.monotonic() + a.seconds
+    desk = voc_baselines.Desk(source, lists, a.work / "baselines", voc_baselines.Effort(**a.effort), a.device)
+    rows = [r.strip() for r in a.only.split(";") if r.strip()] or list(voc_baselines.ROWS)
+    few, more = ([int(n) for n in v.split(",")] for v in (a.few, a.more))
+    jobs = voc_baselines.rounds(desk, list(dict.fromkeys(["CAM", *rows])), few, more, a.chunk)
+    left = voc_baselines.measure(desk, jobs, until, a.irnet or a.work / "masks/irnet/CAM.safetensors", report=lambda s: print(s, flush=True))
+    trained = {p.stem: json.loads(p.read_text()) for p in sorted((desk.work / "networks").glob("*.json"))}
+    log.add("baselines", began, left=left, cpu_seconds=round(time.process_time() - spent, 1), machine=machine(a))
+    body = dict(rows=voc_baselines.baseline_rows(desk), trained=trained, effort=asdict(desk.effort), lists=a.lists, source=source.prints(), machine=machine(a), steps=[s for s in log.body["steps"] if s["step"] == "baselines"])
+    atomic_write(a.out / "baselines.json", lambda f: f.write(json.dumps(body, indent=1).encode()))
+    for r in body["rows"]:
+        if r["rule"] == "fixed": print(f"{r['row']:18} {r['column']:7} {r['split']:11} {r['n']:5} mIoU {100 * r['miou']:.1f}, CAM {100 * r['cam']:.1f}", flush=True)
 
 
 def table_rows(a, plan): return voc_masks.table_rows(plan.k, plan.T)[:a.rows]
@@ -206,6 +238,7 @@ def main(argv=None):
             for job in [pool.submit(count, a, src, plan if s == "frozen" else few, lists, s, a.processes if s == "frozen" else max(1, a.processes // 2), log) for s, src in states.items()]: job.result()
     small = (dict(crop=64, batch=2, epochs=1, radius=3), dict(crop=64, batch=2, iterations=2)) if a.tiny else ({}, {})
     if "masks" in a.steps: masks(a, frozen, plan, lists, small[0], log)
+    if "baselines" in a.steps: baselines(a, frozen._replace(files=frozen.files[:1]), lists, log)
     if "segment" in a.steps: segment(a, frozen, plan, lists, small[1], log)
 
 

@@ -7,6 +7,7 @@ __all__ = ['MARKS', 'BLANK', 'outcomes', 'Outcome', 'Wrong', 'Empty', 'Stopped',
            'as_tensor', 'number', 'near', 'exercise', 'caught']
 
 # %% ../../nbs/course/checks.ipynb #2696f223
+import dis
 import functools
 import inspect
 import linecache
@@ -16,7 +17,7 @@ from typing import Any, Callable, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # %% ../../nbs/course/checks.ipynb #bdd8e326
 MARKS = {"right": "✓", "empty": "…", "wrong": "✗", "stopped": "✗"}
@@ -54,7 +55,18 @@ def expect(
 # %% ../../nbs/course/checks.ipynb #a6def746
 BLANK = "still empty: replace every `...` in {}"
 
-def _copy(x): return x.clone() if isinstance(x, Tensor) and not x.requires_grad else x.copy() if isinstance(x, np.ndarray) else x
+def _copy(x):
+    if isinstance(x, Tensor): return x if x.requires_grad else x.clone()
+    if isinstance(x, dict): return {k: _copy(v) for k, v in x.items()}
+    return [_copy(v) for v in x] if isinstance(x, list) else x.copy() if isinstance(x, np.ndarray) else x
+
+def _unlike(a, b):
+    "Has `b` been changed since it was copied from `a`?"
+    if isinstance(a, Tensor): return a.shape != b.shape or not torch.equal(a, b)
+    if isinstance(a, np.ndarray): return not np.array_equal(a, b)
+    if isinstance(a, dict): return a.keys() != b.keys() or any(_unlike(v, b[k]) for k, v in a.items())
+    if isinstance(a, list): return len(a) != len(b) or any(map(_unlike, a, b))
+    return isinstance(a, (int, float, str)) and a != b
 
 def _where(f, error):
     "The line of the student's code where an error came up"
@@ -72,12 +84,17 @@ def ask(
     name = f"`{getattr(f, '__name__', 'your answer')}`"
     if f is ... or f is None: raise Empty(BLANK.format("this cell"))
     if not callable(f): raise Wrong(f"this should be a function, but it is {_article(f)}")
-    try: got = f(*map(_copy, args))
+    given = [_copy(x) for x in args]
+    try: got = f(*given)
     except Exception as error:
         if "ellipsis" in str(error).lower(): raise Empty(BLANK.format(name)) from None
         raise Stopped(f"{name} stops with {type(error).__name__}{_where(f, error)}: {_first_line(error)}") from None
     if got is ... or isinstance(got, (tuple, list)) and any(x is ... for x in got): raise Empty(BLANK.format(name))
     if got is None: raise Wrong(f"{name} returns None: is its `return` missing?")
+    for i, (before, after) in enumerate(zip(args, given)):
+        if _unlike(before, after):
+            what = f"`{list(inspect.signature(f).parameters)[i]}`"
+            raise Wrong(f"{name} writes into its argument {what}, and the notebook's own {what} would change with it: make a new one")
     return got
 
 # %% ../../nbs/course/checks.ipynb #e110db5d
@@ -92,6 +109,17 @@ def is_blank(
 def _article(x):
     kind = type(x).__name__
     return f"a{'n' if kind[0] in 'aeiou' else ''} {kind}"
+
+def _borrowed(f):
+    "Data of the notebook that a function reads although they are not among its arguments, in words"
+    names, codes = set(), [c for c in [getattr(f, "__code__", None)] if c]
+    while codes:
+        code = codes.pop()
+        names |= {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
+        codes += [c for c in code.co_consts if inspect.iscode(c)]  # functions and comprehensions inside of it
+    data = {n: f.__globals__[n] for n in sorted(names & f.__globals__.keys())} if names else {}
+    found = [n for n, v in data.items() if isinstance(v, nn.Module) or not callable(v) and not inspect.ismodule(v)]
+    return f" (it uses {', '.join(f'`{n}`' for n in found)} of the notebook; was an argument meant?)" if found else ""
 
 def _first_line(error): return (str(error).strip().splitlines() or ["(no message)"])[0][:200]
 
@@ -151,7 +179,7 @@ def exercise(
             try: body(answer)
             except Wrong as why:
                 if is_blank(answer): return Outcome(number, "empty", BLANK.format(f"`{answer.__name__}`"))
-                return Outcome(number, why.state, str(why))
+                return Outcome(number, why.state, str(why) + (_borrowed(answer) if why.state != "empty" else ""))
             return Outcome(number, "right", right)
         @functools.wraps(body)
         def check(answer):

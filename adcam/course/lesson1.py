@@ -32,6 +32,7 @@ def check_logits(logits):
     expect(not near(got, m.sum((1, 2))), "these logits are h*w times too large: how does the classifier join the places?")
     expect(not near(got, m.amax((1, 2))), "the network would look at the best place only; this one listens to all of them")
     expect(not near(got, m.relu().mean((1, 2))), "negative places count as well")
+    expect(not any(near(got, m.sum((1, 2)) / n, 1e-3) for n in (9, 16, 576)), "these maps have 3 by 4 places: how many there are should come from the shape")
     expect(near(got, m.mean((1, 2))), "values differ: look at the first formula again, and at what is done to the places there")
 
 # %% ../../nbs/course/lesson1.ipynb #73a0e461
@@ -45,10 +46,13 @@ def check_cam(cam):
     expect(not near(got[:2], m[:2].relu() / 8), "one class is much weaker than the other: each class has a maximum of its own")
     top, low = m[:2].amax((1, 2), keepdim=True), m[:2].amin((1, 2), keepdim=True)
     expect(not near(got[:2], (m[:2] - low) / (top - low)), "the weakest place is stretched to 0 here; Eq. 2 does not shift, it cuts")
+    expect(not near(got[:2], (m.relu() / m.relu().amax(0).clamp(min=1e-9))[:2], 1e-3), "every place is divided by its strongest class; every class should be divided by its strongest place")
     expect(near(got[:2].amax((1, 2)), torch.ones(2), 1e-3), "the largest value of each class should be 1")
     expect(near(got[:2], m[:2].relu() / top, 1e-3), "values differ: first cut, then divide by what is left at most")
     expect(bool(got[2].isfinite().all()), "the map of a class without any positive evidence becomes NaN: 0 is divided by 0")
-    expect(near(got[2], torch.zeros(2, 2)), "the map of a class without any positive evidence should be all 0")
+    expect(near(got[2], torch.zeros(2, 2)), "the map of a class without any positive evidence should be all 0: what does dividing by a negative maximum do?")
+    weak = tensor(cam, m / 50, shape=(3, 2, 2), finite=False)
+    expect(near(weak[:2].amax((1, 2)), torch.ones(2), 1e-3), "right for these maps, but where a class's largest value is 0.04, it does not become 1: what guards the division is too large")
 
 # %% ../../nbs/course/lesson1.ipynb #23c1fa35
 @exercise("1.4", "The strongest class wins, and the background wins where no class exceeds t.", instead=("seed_mask",))
@@ -62,19 +66,27 @@ def check_mask(mask):
     expect(0 in got, "no pixel is background: where no class exceeds the threshold, nothing is there")
     expect(got.tolist()[0][:3] != [2, 8, 8], "the weaker of the two classes wins")
     expect(got.tolist()[0][3] == 0, "a class has to *exceed* the threshold; at exactly t the background wins")
+    expect(got.tolist()[0][2] != 8, "where two classes exceed t, the stronger should win, not the later one")
+    expect(got.tolist()[0][2] != 10, "where two classes exceed t, their numbers are added up: a pixel is given to one of them")
+    expect(got.tolist()[0][2] != 0, "the strongest pixels are background here, and weak ones are not: which side of t is which?")
     expect(got.tolist() == [[8, 2, 2, 0, 0]], "values differ: compare the strongest class of every pixel with t")
 
 # %% ../../nbs/course/lesson1.ipynb #0ec2ea23
 @exercise("1.5", "FP + FN + IoU = 1: two kinds of mistakes share what is missing to a perfect mask.", instead=("scores", "confusion"))
 def check_mistakes(mistakes):
     "FP and FN of a class, as shares of the union"
-    pred, gt = np.array([[3, 3, 3, 0], [3, 5, 0, 0]]), np.array([[3, 3, 0, 0], [0, 3, 3, 3]])
+    pred, gt = np.array([[3, 3, 3, 0, 5], [3, 5, 0, 0, 0]]), np.array([[3, 3, 0, 0, 0], [0, 3, 3, 3, 5]])
     got = as_tensor(ask(mistakes, pred, gt, 3), (2,), "two numbers, FP and FN").tolist()  # P 4, G 5, both 2, union 7
     def same(*want): return near(got, list(want), 1e-6)
     expect(not same(3 / 7, 2 / 7), "these are FN and FP, in the other order")
     expect(not same(2, 3), "these are counts; they should be shares of the union")
-    expect(not same(2 / 8, 3 / 8), "divided by all pixels of the picture: then a small object hardly ever counts as missed")
+    expect(not same(2 / 10, 3 / 10), "divided by all pixels of the picture: then a small object hardly ever counts as missed")
     expect(not same(2 / 4, 3 / 5), "FP is divided by what was claimed and FN by what is there; here both are shares of the union")
     expect(not same(2 / 9, 3 / 9), "the union counts a pixel once, although it may be in both sets")
     expect(not same(2 / 7, 2 / 7), "a pixel of the class that was given to *another class* is missed, too")
+    expect(not same(3 / 7, 3 / 7) and not same(3 / 7, 2 / 7), "what another class claims is no false positive of *this* class")
+    expect(not same(5 / 7, 5 / 7), "both kinds of mistakes are in each number: claimed without being there is one, missed is the other")
+    expect(not same(-1 / 7, 1 / 7), "a difference of two counts: a wrong pixel here makes good for a missed one there")
+    expect(not same(200 / 7, 300 / 7), "right, but in percent; shares lie between 0 and 1")
+    expect(same(2 / 7, 3 / 7) or not near(2 * got[1], 3 * got[0], 1e-6), "the right pixels are counted; what they are divided by is not the union of P and G")
     expect(same(2 / 7, 3 / 7), "values differ: draw the two sets P and G on paper and count")

@@ -43,7 +43,7 @@ def check_similarity(similarity):
     expect(not near(got, (A @ A.T).sqrt()), "the root belongs inside of the sum, to each product")
     unit = A / A.norm(dim=1, keepdim=True)
     expect(not near(got, unit @ unit.T), "this is the cosine of two rows; Eq. 6 takes roots instead of dividing by lengths")
-    expect(near(got, got.T), "S should be symmetric")
+    expect(near(got, got.T), "S should be symmetric: over which index does the sum run?")
     expect(near(got.diagonal(), torch.ones(6)), "a patch should have similarity 1 with itself")
     expect(near(got, R @ R.T), "values differ: calculate the pair of patches 5 and 0 of the text with your function")
 
@@ -64,8 +64,12 @@ def check_refined(refined):
     expect(not near(got, unit(keep(S) * S * A)), "TOP is a mask of zeros and ones; here the values of S are multiplied in as well")
     expect(not near(got, unit(keep(S, 0) * A)), "the largest of each *column* are kept; every row should choose its own")
     expect(not near(got, unit((1 - keep(S)) * A)), "these are the links that should be cut")
-    expect(bool(((got > 0).sum(1) == 3).all()), "every row should keep exactly k links; here k = 3")
-    expect(near(got, unit(keep(S) * A)), "values differ: mask, multiply with A, then divide every row by its sum")
+    expect(not near(got, unit(keep(-S) * A)), "the k smallest of S are kept; neighbors are alike, so S is large")
+    expect(not near(got, keep(S) * A / (keep(S) * A).sum(0)), "columns sum to 1 here; NORM divides rows by their sums")
+    kept = sorted(set((got > 0).sum(1).tolist()))
+    expect(len(kept) == 1, f"rows keep {kept[0]} to {kept[-1]} links; every row should keep k of its own, here 3")
+    expect(kept == [3], f"every row keeps {kept[0]} link{'s' * (kept[0] != 1)}, and k = 3 are asked for")
+    expect(near(got, unit(keep(S) * A), 1e-4), "values differ: mask, multiply with A, then divide every row by its sum")
 
 # %% ../../nbs/course/lesson2.ipynb #34092672
 @exercise("2.4", "Push keeps the sum: what one patch hands out, others have got.", instead=("diffuse", "ad_cam"))
@@ -77,7 +81,8 @@ def check_push(push):
     expect(not near(got, m), "nothing has moved")
     expect(not near(got, m * A.sum(0) ** 3), "this is Eq. 8 with its misprint: a patch that has nothing can never get anything")
     expect(not near(got, B @ m), "activation flows the wrong way: here a patch takes from those it looks at; it should give to them")
-    expect(not near(got, m @ A), "one step was done; three were asked for")
+    for n, word in ((1, "one step was"), (2, "two steps were"), (4, "four steps were")):
+        expect(not near(got, m @ torch.linalg.matrix_power(A, n)), f"{word} done; three were asked for")
     expect(not near(got, m @ (A ** 3)), "`**` raises every entry to a power; a step is a product with a matrix")
     expect(not near(got, 3 * (m @ A)), "three steps are not three times one step: each step starts from what the one before has left")
     expect(near(got.sum(), m.sum()), "the sum of the map has changed; in every step each patch hands out what it has, no more and no less")
@@ -90,7 +95,9 @@ def check_pull(pull):
     A, m = attention(1, 5, 5)[0], torch.tensor([0., 2, 0, 1, 0], dtype=torch.double)
     got = tensor(pull, m, A, 2, shape=(5,), axes="one number per patch")
     expect(not near(got, m @ A @ A), "this is push: its sum stays the same, but a patch that many look at collects without limit")
-    expect(not near(got, A @ m), "one step was done; two were asked for")
+    for n, word in ((1, "one step was"), (3, "three steps were")):
+        expect(not near(got, torch.linalg.matrix_power(A, n) @ m), f"{word} done; two were asked for")
+    expect(not near(25 * got, A @ (A @ m)) and not near(5 * got, A @ (A @ m)), "divided by the number of patches: the weights of this average sum to 1 already")
     expect(not near(got, (A ** 2) @ m), "`**` raises every entry to a power; a step is a product with a matrix")
     expect(float(got.max()) <= 2 + 1e-6, "a value exceeds the largest one of the map, which no average can")
     expect(near(got, A @ (A @ m)), "values differ: row i of A holds the weights of the average at patch i")

@@ -10,14 +10,15 @@ __all__ = ['check_bce', 'check_both', 'check_couple', 'TwoHeads', 'after_steps',
 import copy
 import torch
 from torch import nn
-from .checks import as_tensor, ask, exercise, expect, near, number, tensor
+from .checks import Stopped, Wrong, as_tensor, ask, exercise, expect, near, number, tensor
 
 # %% ../../nbs/course/lesson3.ipynb #b5f92747
 @exercise("3.1", "Small where the network is right, about |z| where it is confidently wrong, and finite everywhere.", instead=("binary_cross_entropy_with_logits", "bce_loss", "BCEWithLogitsLoss"))
 def check_bce(bce):
     "Eq. 1"
     z, y = torch.tensor([[2., -1., .5], [-.3, .2, -2.]]), torch.tensor([[1., 0., 1.], [0., 0., 1.]])
-    got, right = tensor(bce, z, y, shape=(), axes="one number", finite=False), nn.functional.binary_cross_entropy_with_logits(z, y)
+    told, right = ask(bce, z.clone().requires_grad_(), y), nn.functional.binary_cross_entropy_with_logits(z, y)
+    got = as_tensor(told, (), "one number", finite=False)
     expect(not near(got, -right), "the sign: a loss should fall when the answer gets better")
     expect(not near(got, right * 3), "the mean over classes is missing (a sum is here)")
     expect(not near(got, right * 6), "this is the sum over classes and images; Eq. 1 takes the mean")
@@ -27,20 +28,27 @@ def check_bce(bce):
     large = tensor(bce, torch.tensor([[-200., 200.]]), torch.tensor([[1., 0.]]), shape=(), finite=False)
     expect(bool(large.isfinite()), "right for small logits, but infinite or NaN for a logit of 200: take the logarithm of the sigmoid in one step")
     expect(near(large, 200, 1e-3), "right for small logits, but a confident mistake (z = -200, y = 1) should cost 200")
+    expect(isinstance(told, torch.Tensor) and told.requires_grad, "the value is right, but it has lost its graph (`item`, `detach`): nothing could be learned from it")
+
 
 # %% ../../nbs/course/lesson3.ipynb #edcc1468
 @exercise("3.2", "Each branch has to be right by itself; none can hide behind the other.", instead=("MultiLabel",))
 def check_both(both):
     "The sum of the two losses"
     F = nn.functional.binary_cross_entropy_with_logits
-    a, b, y = torch.tensor([[3., -1.]]), torch.tensor([[-2., -1.]]), torch.tensor([[1., 0.]])
-    got = tensor(both, a, b, y, shape=(), axes="one number")
+    a, b, y = torch.tensor([[3., -1.]], requires_grad=True), torch.tensor([[-2., -1.]], requires_grad=True), torch.tensor([[1., 0.]])
+    told = ask(both, a, b, y)
+    got, a_, b_ = as_tensor(told, (), "one number"), a, b
+    a, b = a.detach(), b.detach()
     expect(not near(got, F(a + b, y)), "logits are added: then one branch can be wrong as long as the other is very sure")
     expect(not near(got, F((a + b) / 2, y)), "logits are averaged: then one branch can be wrong as long as the other is very sure")
     expect(not near(got, F(a, y)) and not near(got, F(b, y)), "only one of the branches is asked")
     expect(not near(got, (F(a, y) + F(b, y)) / 2), "the two losses count one half each; here both have the weight 1")
     expect(not near(got, F(a, y) * F(b, y)), "losses are multiplied: if one is 0, the other may be anything")
     expect(near(got, F(a, y) + F(b, y)), "the value differs: one loss for each branch, both with the weight 1")
+    expect(isinstance(told, torch.Tensor) and told.requires_grad, "the value is right, but it has lost its graph (`item`, `detach`): nothing could be learned from it")
+    expect(all(g is not None and g.any() for g in torch.autograd.grad(told, (a_, b_), allow_unused=True)), "the value is right, but one branch gets no gradient: it would never learn")
+
 
 # %% ../../nbs/course/lesson3.ipynb #339fdcdc
 @exercise("3.3", "Forward everything passes; backward the other branch is out of reach, and the unit still learns.")
@@ -53,6 +61,10 @@ def check_couple(couple):
     expect(near(got.detach(), (own + unit(other)).detach()), "the forward pass has changed: it should be x_own + u(x_other)")
     expect(got.requires_grad, "nothing can learn any more, not even the own branch")
     got.sum().backward()
+    source = torch.ones(2, 4, requires_grad=True)
+    later = source * 2                                                       # features that the other branch goes on with
+    ask(couple, own.detach(), later, unit)
+    expect(later.requires_grad, "the other branch is cut off from its *own* loss as well: `detach` makes a new tensor, `detach_` changes the one it is given")
     expect(other.grad is None or not other.grad.any(), "the gradient still reaches the other branch")
     expect(own.grad is not None and own.grad.any(), "the own branch does not learn any more: the wrong one of the two was cut off")
     expect(unit.weight.grad is not None and unit.weight.grad.any(), "the unit does not learn any more: the gradient is cut behind it; cut in front of it")
@@ -87,6 +99,7 @@ def check_step(step):
     "One step of training"
     weights, told = after_steps(step, 3)
     for value in told: number(value)
+    expect(not any(isinstance(t, torch.Tensor) and t.requires_grad for t in told), "return a number, as `loss.item()` does: this tensor keeps the graph of its step in memory")
     start, right, piled = after_steps(good_step, 0)[0], after_steps(good_step, 3), after_steps(lambda *a: good_step(*a, zero=False), 3)[0]
     expect(not near(weights, start), "no weight has changed: is the gradient computed *and* used, and not set to zero in between?")
     expect(not near(weights, piled), "right for one step; from the second on, gradients pile up on those of the steps before")
@@ -115,4 +128,7 @@ def check_reach(reach):
     expect(near(got, 13), "the length differs: with gradients (3, 4) and (12) it should be 13")
     again = number(ask(reach, loss, [a, b]))
     expect(near(again, 13), "asked twice, it answers differently: gradients were added up in `.grad`")
-    expect(near(number(ask(reach, loss, [c])), 0), "a weight that the loss does not depend on should give 0")
+    expect(near(number(ask(reach, loss, [a, c])), 5), "a weight that the loss does not depend on should add nothing")
+    try: none = number(ask(reach, loss, [c]))
+    except Stopped as why: raise Wrong(f"right as long as a weight is in reach; where none is, the length is 0, but {why}") from None
+    expect(near(none, 0), "a weight that the loss does not depend on should give 0")

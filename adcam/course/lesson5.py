@@ -17,14 +17,22 @@ def check_loss(loss):
     "Cross-entropy over labeled pixels"
     g = torch.Generator().manual_seed(0)
     z, y = torch.randn(2, 3, 2, 2, generator=g), torch.tensor([[[0, 2], [255, 1]], [[255, 255], [255, 0]]])
-    got, each = tensor(loss, z, y, shape=(), axes="one number"), nn.functional.cross_entropy(z, y, ignore_index=255, reduction="none")
+    told = ask(loss, z.clone().requires_grad_(), y)
+    got, each = as_tensor(told, (), "one number"), nn.functional.cross_entropy(z, y, ignore_index=255, reduction="none")
     right = each.sum() / 4
     expect(not near(got, each.sum()), "this is the sum over pixels; a larger picture would cost more")
     expect(not near(got, each.mean()), "ignored pixels count in the mean as if they were right: divide by the number of *labeled* pixels")
     other = nn.functional.cross_entropy(z, torch.where(y == 255, 0, y))
     expect(not near(got, other), "ignored pixels are taken for background here")
     expect(not near(got, torch.stack([each[b].sum() / (y[b] != 255).sum() for b in (0, 1)]).mean()), "this is the mean over pictures of their means; here every labeled pixel counts the same")
+    def plain(z): return nn.functional.cross_entropy(z, y, ignore_index=255)
+    expect(not near(got, plain(z.softmax(1))), "softmax was taken twice: cross-entropy takes logits")
+    expect(not near(got, nn.functional.nll_loss(z, y, ignore_index=255)), "these are logits, no logarithms of probabilities yet")
+    mixed = nn.functional.cross_entropy(z.reshape(-1, 3), y.flatten(), ignore_index=255)
+    expect(not near(got, mixed), "classes and pixels are mixed up: `reshape` does not move the axis of the classes to the end")
     expect(near(got, right), "the value differs: cross-entropy of the labeled pixels, divided by how many they are")
+    expect(isinstance(told, torch.Tensor) and told.requires_grad, "the value is right, but it has lost its graph (`item`, `detach`): nothing could be learned from it")
+
 
 # %% ../../nbs/course/lesson5.ipynb #1301ec77
 @exercise("5.2", "With ten wrong labels to choose from, the right one wins as long as fewer than ten of eleven pixels are wrong.")
@@ -59,14 +67,19 @@ def check_confident(confident):
 @exercise("5.4", "Every class counts the same, the rare bird as much as the background.", instead=("scores",))
 def check_miou(miou):
     "mIoU of a confusion matrix"
-    C = torch.tensor([[50., 10, 0, 0], [5, 20, 5, 0], [0, 0, 10, 0], [0, 0, 0, 0]])       # the last class is nowhere
+    C = torch.tensor([[50., 10, 0, 0, 2], [5, 20, 5, 0, 0], [0, 0, 10, 0, 0], [0] * 5, [0] * 5])  # class 3 is nowhere, class 4 only predicted
     got = number(ask(miou, C))
     tp, g, p = C.diagonal(), C.sum(1), C.sum(0)
-    iou = tp[:3] / (g + p - tp)[:3]
-    expect(not near(got, iou.sum() / 4), "a class that occurs nowhere counts as 0 here; leave it out of the mean")
+    iou = (tp / (g + p - tp))[[0, 1, 2, 4]]
+    expect(not near(got, iou.sum() / 5), "a class that occurs nowhere counts as 0 here; leave it out of the mean")
+    expect(not near(got, (iou.sum() + 1) / 5), "a class that occurs nowhere counts as 1 here; leave it out of the mean")
     expect(not near(got, tp.sum() / C.sum()), "this is the accuracy of pixels: the background, which is large, decides almost alone")
     expect(not near(got, (tp / g)[:3].mean()), "this divides by the truth only (recall): claiming too much would cost nothing")
-    expect(not near(got, (tp / p)[:3].mean()), "this divides by what was claimed only (precision): missing would cost nothing")
-    expect(not near(got, (tp / (g + p))[:3].mean()), "pixels that are in both are counted twice in this union")
-    expect(not near(got, iou[1:].mean()), "the background is a class, too; its IoU belongs into the mean")
+    expect(not near(got, (tp / p)[[0, 1, 2, 4]].mean()), "this divides by what was claimed only (precision): missing would cost nothing")
+    expect(not near(got, (tp / (g + p))[[0, 1, 2, 4]].mean()), "pixels that are in both are counted twice in this union")
+    expect(not near(got, tp.sum() / (g + p - tp).sum()), "all classes are added up before the division: then large classes decide")
+    expect(not near(got, iou[:3].mean()), "a class that is predicted and not there has an IoU of 0, and that counts")
+    expect(not near(got, iou[1:].mean()) and not near(got, iou[1:3].mean()), "the background is a class, too; its IoU belongs into the mean")
+    expect(not near(got, 100 * iou.mean(), 1e-4), "right, but in percent; asked is a share")
     expect(near(got, iou.mean(), 1e-4), "the value differs: diagonal, divided by row sum plus column sum minus diagonal")
+

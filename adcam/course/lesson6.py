@@ -18,15 +18,19 @@ def check_background(background):
     expect(not near(got, m, 1e-3), "this is the mean IoU of the foreground; the background is what is left of the mIoU")
     expect(not near(got, 20 * 63.5 - 20 * m, 1e-3) and not near(got, 20 * 63.5 - 19 * m, 1e-3), "the mIoU has K + 1 classes, the foreground K")
     expect(not near(got, 63.5 - m, 1e-3), "mIoU minus the foreground is not the background: one is a mean of 21 numbers, the other of 20")
-    expect(not near(got, 21 * 63.5 + 20 * m, 1e-3), "a sign: solve the equation for b")
+    expect(not near(got, 21 * 63.5 - 20 * (1 - 20.9 - 16.6), 1e-3), "FP and FN are in percent, so the three shares sum to 100, not to 1")
+    expect(not near(got, 21 * 63.5 - m, 1e-3), "the sum over the foreground is K times its mean")
+    expect(not near(got, 21 * 63.5 + 20 * m, 1e-3) and not near(got, -b, 1e-3), "a sign: solve the equation for b")
     expect(near(got, b, 1e-3), f"values differ: for the row AD-CAM it should be between {b - 1:.0f} and {b + 1:.0f}")
+    expect(near(number(ask(background, 40., 30., 20., 80)), 81 * 40 - 80 * 50, 1e-3), "right for the 20 classes of VOC, but wrong for the 80 of COCO: K is an argument")
+
 
 # %% ../../nbs/course/lesson6.ipynb #e69f1fb4
 def made_up() -> list:  # rows like those of table3.json
     "Rows with known differences"
     return [dict(split=s, seed=i, method=m, direction=d, rule=rule, miou=base + .01 * i + extra)
             for s, more in (("train", .05), ("test", 0.)) for m, d, base in (("cam", "", .4), ("ad_cam", "push", .5), ("ad_cam", "pull", .6)) for i in range(3)
-            for rule, extra in (("fixed", 0.), ("oracle", more + .004 * (i + 1)))]
+            for rule, extra in (("fixed", 0.), ("oracle", more + (.012 if d == "pull" else .004) * (i + 1)))]
 
 @exercise("6.2", "Never negative, because the oracle may choose the fixed threshold, too.", instead=("side_by_side",))
 def check_gift(gift):
@@ -36,6 +40,9 @@ def check_gift(gift):
     expect(not near(got, -.8, 1e-6), "the sign: oracle minus fixed")
     expect(not near(got, 1.2, 1e-6), "this is the largest difference over seeds; asked is the mean")
     expect(not near(got, 3.3, 1e-6), "both splits went into this mean")
+    expect(not near(got, 1.6, 1e-6), "both directions, push and pull, went into this mean")
+    expect(not near(got, .4, 1e-6), "this is the first seed alone; asked is the mean over all seeds")
+    expect(not near(got, .8 / .51, 1e-4), "this is relative to the fixed mIoU; percent points are a plain difference")
     expect(not near(got, 5.8, 1e-6), "these are the training images; the split is an argument")
     expect(not near(got, 2.4, 1e-6), "this is a sum over seeds")
     expect(not near(got, 50.8 + 1, 1e-6) and not near(got, 51.8, 1e-6), "this is the oracle's mIoU itself, without subtracting the fixed one")
@@ -49,11 +56,15 @@ def check_paired(paired):
     a, b = {0: 50., 1: 54., 2: 47., 3: 60.}, {2: 45., 0: 49., 1: 52.}
     got = ask(paired, a, b)
     expect(hasattr(got, "__len__"), "a list of differences is expected, one for each seed that both have")
+    expect(not isinstance(got, dict), "a list of differences is expected, and this is a dictionary")
     expect(len(got) == 3, f"there are {len(got)} differences; both methods have three seeds in common")
     got = as_tensor(list(got), (3,)).tolist()
     expect(sorted(got) != [-2, -2, -1], "the sign: a minus b")
     expect(sorted(got) != sorted([50 - 45., 54 - 49, 47 - 52]), "values were paired by their position in the dictionary, not by their seed")
     expect(sorted(got) == [1, 2, 2], "differences are wrong: for seed 1 it should be 54 - 52")
+    other = ask(paired, {7: 50., 4: 54.}, {4: 52., 9: 45.})
+    expect(len(other) == 1 and list(other) == [2], "right for the seeds 0, 1 and 2, but not for others: which seeds there are stands in the dictionaries")
+
 
 # %% ../../nbs/course/lesson6.ipynb #ffdf6d0a
 @exercise("6.4", "A rule that was fixed beforehand cannot be bent by what one would like to see.", instead=("verdict",))
@@ -71,6 +82,8 @@ def check_verdict(verdict):
     expect(says(2., 4., .6) == "not seen", "+2.0, +4.0, +0.6: mean 2.2, s = 1.71; is your margin two standard deviations?")
     expect(says(2.7, 4., 1.3) == "not seen", "+2.7, +4.0, +1.3: with the divisor n instead of n - 1 the spread of three numbers comes out too small")
     expect(says(.9) == "not seen" and says(1.2) == "confirmed", "with a single difference the margin is 1 point")
+    expect(says(1.) == "confirmed" and says(-1.) == "contradicted", "a mean that *equals* the margin is enough")
+
 
 # %% ../../nbs/course/lesson6.ipynb #3eb45425
 @exercise("6.5", "Two of three sentences are contradicted by the table that they describe.")
