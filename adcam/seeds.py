@@ -64,7 +64,7 @@ def resolve(
 SIZE_MODES = ("round", "pad", "square", "exact")
 
 def _mode(size_mode: str) -> str:
-    "Name of a size mode; the specification's `round16` and `pad16` are understood"
+    "Name of a size mode; `round16` and `pad16`, as for a stride of 16, are understood too"
     name = size_mode.removesuffix("16")
     if name not in SIZE_MODES: raise ValueError(f"unknown size_mode {size_mode!r}; choose one of {', '.join(SIZE_MODES)}")
     return name
