@@ -403,3 +403,27 @@ def test_a_loss_that_is_no_number_is_found_also_when_it_comes_late(monkeypatch):
     monkeypatch.setattr(classifier.Late, "__init__", lambda self, values: (late(self, values * float("nan")), setattr(self, "event", Event()))[0])
     with pytest.raises(FloatingPointError, match="the loss became .*nan.*lower the learning rates"):
         small_training()
+
+
+def test_one_operation_for_all_weights_trains_the_same_network_and_a_stopped_run_goes_on_with_it(monkeypatch, tmp_path):
+    "On a GPU the optimizer is fused; on a CPU, where it is not, it is so here"
+    from adcam import training
+    from adcam.classifier import TrainConfig, train
+
+    def run(out=None, callback=None):
+        torch.manual_seed(0)
+        net = conformer_mini(10)
+        train(net, Scenes("train", 4, 64), TrainConfig(epochs=2, batch=2, crop=48, resize=None), out=out, callback=callback, progress=False, device="cpu")
+        return torch.cat([v.flatten().double() for v in net.state_dict().values()])
+
+    def stop(net, done, history):
+        if done == 1:
+            raise KeyboardInterrupt
+
+    plain = run()
+    monkeypatch.setattr(training, "_one_kernel", lambda optimizer: [g.update(fused=True) for g in optimizer.param_groups])
+    fused = run()
+    torch.testing.assert_close(fused, plain, rtol=1e-3, atol=1e-4)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, stop)
+    assert torch.equal(run(tmp_path), fused)
