@@ -440,7 +440,7 @@ def lead_interval(
         return np.nanmean(np.divide(tp, union, out=np.full(union.shape, np.nan), where=union > 0), -1)
     return tuple(float(q) for q in np.quantile(miou(a, ta) - miou(b, tb), (.025, .975)))
 
-# %% ../nbs/13j_voc_baselines.ipynb #92187ec2
+# %% ../nbs/13j_voc_baselines.ipynb #02ee28bc
 def baseline_rows(
     desk: Desk,        # with the work folder
     rows: list[str] = tuple(ROWS),  # names
@@ -449,9 +449,10 @@ def baseline_rows(
     kept, out, truth = ("miou", "fp", "fn", "iou_bg", "f1", "pixel_accuracy"), [], {}
     seen = {(r, n, kind): read_counts(desk.work / kind / ROWS[r].folder, ds, n, truth) for kind in ("rows", "walks") for r in dict.fromkeys(("CAM", *rows)) for n, ds in desk.lists.items()}
     for (row, kind), (name, other) in ((rk, pair) for rk in ((r, k) for k in ("rows", "walks") for r in rows) for pair in (tuple(desk.lists), tuple(desk.lists)[::-1])):
-        c, o = seen[row, name, kind], seen[row, other, kind]
-        if c is None or o is None: continue
-        cam, cam_o = (_of(seen["CAM", n, "rows" if row == "CAM + PSA" else kind], v.ids) for n, v in ((name, c), (other, o)))
+        pairs = [(seen[row, n, kind], seen["CAM", n, "rows" if row == "CAM + PSA" else kind]) for n in (name, other)]
+        if any(v is None for both in pairs for v in both): continue
+        (c, cam), (o, cam_o) = ([_of(v, [i for i in both[0].ids if i in both[1].ids]) for v in both] for both in pairs)
+        if not (c.ids and o.ids): continue
         best = lambda v: int(_total(v)["miou"].argmax())
         for rule, t, tc in (("oracle", best(c), best(cam)), ("fixed", best(o), best(cam_o))):
             low, high = lead_interval(c, cam, t, tc)
