@@ -330,7 +330,7 @@ def do_chunk(
     atomic_write(path, lambda f: np.savez_compressed(f, **out))
     return time.process_time() - began
 
-# %% ../nbs/13j_voc_baselines.ipynb #3292b8f2
+# %% ../nbs/13j_voc_baselines.ipynb #a09faa73
 @torch.no_grad()
 def walk_chunk(
     desk: Desk,      # networks and photographs
@@ -345,10 +345,10 @@ def walk_chunk(
     where = {n: i for i, n in enumerate(ds.ids)}
     with np.load(seeds) as z: maps = {n[:-4]: z[n].astype(np.float32) for n in z.files if n.endswith("/map")}
     for name, m in maps.items():
-        start, sample = time.process_time(), ds[where[name]]
+        sample = ds[where[name]]
         size, edge = sample.image.shape[:2], desk.once(f"edge of {name}", lambda: edge_map(net, sample.image))
         walked = upsample_walk(random_walk(merge([torch.from_numpy(m)], size)[0].numpy(), edge), size)      # (n,H,W)
-        out |= {f"{name}/{n}": v for n, v in (_counted(torch.from_numpy(walked), sample) | dict(seconds=np.array(time.process_time() - start))).items()}
+        out |= {f"{name}/{n}": v for n, v in _counted(torch.from_numpy(walked), sample).items()}
     atomic_write(path, lambda f: np.savez_compressed(f, **out))
     return time.process_time() - began
 
@@ -389,14 +389,14 @@ def measure(
         if todo: report(f"{row}, {name}, {len(indices)} photographs: {spent:.0f} CPU s")
     return missing
 
-# %% ../nbs/13j_voc_baselines.ipynb #b3867d66
+# %% ../nbs/13j_voc_baselines.ipynb #b0eb2646
 class Counted(NamedTuple):
     "Counts of photographs: index 0 of tp and pred is the background"
     ids: list            # n names
     tp: np.ndarray       # (n,K+1,T)
     pred: np.ndarray     # (n,K+1,T)
     gt: np.ndarray       # (n,K+1)
-    seconds: np.ndarray  # (n,) CPU seconds of each
+    seconds: np.ndarray  # (n,) CPU seconds of each map; NaN for walks, whose boundaries are shared by all rows
 
 def read_counts(
     folder: Path,       # of a row's files
@@ -412,7 +412,7 @@ def read_counts(
                 index, full = np.concatenate([[0], np.flatnonzero(ds.label(where[photo])) + 1]), np.zeros((2, K + 1, len(THRESHOLDS)), np.int64)
                 full[:, index] = z[f"{photo}/tp"], z[f"{photo}/pred"]
                 if f"{photo}/gt" in z.files: truth[photo] = z[f"{photo}/gt"]
-                found[photo] = full[0], full[1], truth[photo], float(z[f"{photo}/seconds"])
+                found[photo] = full[0], full[1], truth[photo], float(z[f"{photo}/seconds"]) if f"{photo}/seconds" in z.files else math.nan
     return Counted(list(found), *map(np.stack, zip(*found.values()))) if found else None
 
 # %% ../nbs/13j_voc_baselines.ipynb #55cbaef1
@@ -440,7 +440,7 @@ def lead_interval(
         return np.nanmean(np.divide(tp, union, out=np.full(union.shape, np.nan), where=union > 0), -1)
     return tuple(float(q) for q in np.quantile(miou(a, ta) - miou(b, tb), (.025, .975)))
 
-# %% ../nbs/13j_voc_baselines.ipynb #02ee28bc
+# %% ../nbs/13j_voc_baselines.ipynb #4f65e1a3
 def baseline_rows(
     desk: Desk,        # with the work folder
     rows: list[str] = tuple(ROWS),  # names
@@ -458,5 +458,5 @@ def baseline_rows(
             low, high = lead_interval(c, cam, t, tc)
             s, base = _total(c), float(_total(cam)["miou"][tc])
             out.append(dict(row=row, column="pseudo" if kind == "walks" or row == "CAM + PSA" else "seed", split=name, n=len(c.ids), n_other=len(o.ids), rule=rule, t=THRESHOLDS[t], **{v: float(s[v][t]) for v in kept},
-                            cam=base, lead=float(s["miou"][t]) - base, lead_low=low, lead_high=high, seconds=round(float(np.median(c.seconds)), 3), setting=ROWS[row].said(desk)))
+                            cam=base, lead=float(s["miou"][t]) - base, lead_low=low, lead_high=high, seconds=round(float(np.median(c.seconds)), 3) if kind == "rows" else None, setting=ROWS[row].said(desk)))
     return out
