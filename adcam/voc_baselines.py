@@ -7,7 +7,7 @@ __all__ = ['BASELINES', 'ROWS', 'spread_order', 'Branch', 'cam_network', 'Effort
            'Baseline', 'oaa', 'row_map', 'do_chunk', 'walk_chunk', 'rounds', 'measure', 'Counted', 'read_counts',
            'lead_interval', 'baseline_rows']
 
-# %% ../nbs/13j_voc_baselines.ipynb #f5ac4804
+# %% ../nbs/13j_voc_baselines.ipynb #6b54ce17
 import copy, json, math, time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from .baselines.recam import ReCAMConfig, add_recam_head, class_vectors, load_re
 from .baselines.rib import rib_views
 from .baselines.score_cam import score_cam_views
 from .baselines.seam import SEAMConfig, load_seam, pcm_views, seam_views, train_seam
-from .branches import TwoBranch, _to_grid
+from .branches import TwoBranch
 from .classifier import HeadsConfig, PolySGD, TrainConfig, fit, save_weights, train_heads
 from .cnn import CamNet, CamTask, class_features, class_weights, load_cam
 from .data import Subset
@@ -291,7 +291,7 @@ BASELINES = (
 )
 ROWS = {b.name: b for b in BASELINES}
 
-# %% ../nbs/13j_voc_baselines.ipynb #8ffad260
+# %% ../nbs/13j_voc_baselines.ipynb #0a4eec26
 def row_map(
     desk: Desk,        # networks and photographs
     name: str,         # a row, one of `ROWS`
@@ -301,7 +301,8 @@ def row_map(
     keys, size = np.flatnonzero(sample.label).tolist(), sample.image.shape[:2]
     maps = ROWS[name].maps(desk, sample, keys).detach().float()
     if name == "CAM + PSA": return maps                                       # shares: their scale has a meaning
-    if tuple(maps.shape[1:]) != size: maps = _to_grid(maps[None], desk.pair.grid(view(sample.image, 1., desk.pair.stride).shape[2:]))[0]
+    grid = desk.pair.grid(view(sample.image, 1., desk.pair.stride).shape[2:])
+    if tuple(maps.shape[1:]) not in (size, grid): maps = F.interpolate(maps[None], grid, mode="bilinear", align_corners=False, antialias=maps.shape[1] > grid[0])[0]
     return maps / maps.amax((-2, -1), keepdim=True).clamp_min(1e-12)
 
 # %% ../nbs/13j_voc_baselines.ipynb #7471afde
