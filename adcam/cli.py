@@ -1245,8 +1245,7 @@ def own_masks(
     typer.echo(f"labels: {done.opened.table}" + (f"; not in --classes: {', '.join(done.opened.ds.left_out)}" if done.opened.ds.left_out else ""))
     if done.opened.nothing:
         typer.echo(f"nothing was found in {len(done.opened.nothing)} photographs, first {done.opened.nothing[0]}: write their classes into {out / 'labels.csv'} and run again", err=True)
-    if only_estimate:
-        return
+    if only_estimate: return
     typer.echo(f"wrote {done.count} masks: {done.folder}  (0 background, " + ", ".join(f"{k} {c}" for k, c in enumerate(done.classes, 1)) + ")")
     part = f" --limit {limit}" if limit else ""
     masks, photographs, page = (shlex.quote(str(x)) for x in (done.folder, folder, out / "page.html"))
