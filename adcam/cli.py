@@ -570,7 +570,7 @@ def import_command(
     done = import_masks(source, out, form.value, _class_list(classes), images, split, progress=sys.stderr.isatty())
     typer.echo(f"{len(done.ids)} photographs with masks of {len(done.classes)} classes in {out}; `adcam segment train --data voc:{out} --split {split}` reads them")
     if done.empty:
-        typer.echo(f"{len(done.empty)} masks have no object, first {done.empty[0]}")
+        typer.echo(f"{len(done.empty)} mask{'s have' if len(done.empty) > 1 else ' has'} no object, first {done.empty[0]}")
     _tell_skipped(done.skipped, len(done.ids) + len(done.skipped))
 
 # %% ../nbs/14_cli.ipynb #11d8bc29

@@ -301,7 +301,7 @@ def open_photographs(
     except ValueError as e:
         if "is no data set" not in str(e): raise
         known = None
-    if known is not None: return Opened(Photographs(known, long, kept), known, "the data set", [])
+    if known is not None: return Opened(Photographs(known, long, kept), known, "labels.csv" if (Path(root) / "labels.csv").is_file() else "the data set", [])
     if not root.is_dir(): raise FileNotFoundError(f"no folder {root}; name the one that holds the photographs")
     nothing, classes, told = [], None, str(labels)
     masks = "masks" if (root / "masks").is_dir() else None
@@ -365,7 +365,7 @@ def masks_profile(
     p = override(replace(base, name="masks", num_classes=num_classes, k_mode="ratio"), with_network(network))
     if what.kind == "pair":
         blocks = len(timm.create_model(what.vit).blocks)
-        p = replace(p, dataset="folder", direction="pull", k=75, steps=2, layers=max(1, blocks // 2), irn_displacement=False)   # masks need boundaries only
+        p = replace(p, dataset="folder", direction="pull", k=75, steps=2, layers=max(1, blocks // 2), irn_displacement=False, irn_batch=4)   # masks need boundaries only; 32 views at once are more than 3 GB
     usual = p.walk_background if refine == "irn" else THRESHOLDS[what.kind if what.kind == "pair" else "mini"]
     return replace(p, walk_background=usual if threshold is None else threshold)
 

@@ -10,7 +10,9 @@ import argparse, sys, time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+from .cost import duration
 from .data import Subset
+from .devices import pick_device
 from .pipeline import PUBLISHED, load_result, profiles, provenance, published, results_dir, save_result, to_markdown
 from .run import classifier_stage, override, run, run_data, score_seeds, seed_stage
 
@@ -40,15 +42,15 @@ def estimate_hours(
     measured: int,      # of the list that seeds are compared on
     test: int,          # of the list that is predicted
     processes: int = 1, # for CRF and walk
-) -> list[dict]:        # stage, times, hours; the last one is the sum
+) -> list[dict]:        # stage, times, hours, time in words; the last one is the sum
     "Hours of every stage"
     steps = lambda epochs, batch: epochs * -(-images // batch)
     irn = speeds["irnet"] * p.irn_batch / 16   # measured at 16
     rows = [("classifier", 2, steps(p.epochs, p.batch) * speeds["classifier"]), ("seeds of all images", len(FULL), images * speeds["seeds"]), ("seeds for Table 3", len(SEEDS), measured * speeds["seeds"]),
             ("IR labels", len(FULL), images * speeds["label"] / processes), ("IRNet", len(FULL), steps(p.irn_epochs, p.irn_batch) * irn), ("walks", len(FULL), images * speeds["walk"] / processes),
             ("segmentation", len(FULL), p.seg_iterations * speeds["segmentation"]), ("predictions", len(FULL), test * speeds["prediction"])]
-    out = [dict(stage=s, times=n, hours=round(n * t / 3600, 2)) for s, n, t in rows]
-    return [*out, dict(stage="all", times="", hours=round(sum(r["hours"] for r in out), 1))]
+    rows.append(("all", "", sum(n * t for _, n, t in rows)))
+    return [dict(stage=s, times=n, hours=round((n or 1) * t / 3600, 4), time=duration((n or 1) * t)) for s, n, t in rows]
 
 # %% ../nbs/13g_reproduce.ipynb #9ecb5b69
 def _percent(rows: list[dict], rule: str = "oracle") -> dict:
@@ -147,8 +149,10 @@ def main(
         p = override(profiles["voc"], a.changes)
         gpu = load_result("gpu", results_dir("bench"))
         n = (lambda full: min(full, a.limit)) if a.limit else (lambda full: full)
-        print(f"hours on one {gpu['provenance']['settings']['gpu']}, from results/bench/gpu.json, for {n(10_582):,} images:\n")
-        print(to_markdown(estimate_hours(p, measured_speeds(gpu, a.precision), n(10_582), n(1_464), n(1_449), a.processes)))
+        told = estimate_hours(p, measured_speeds(gpu, a.precision), n(10_582), n(1_464), n(1_449), a.processes)
+        print(f"time on one {gpu['provenance']['settings']['gpu']}, from results/bench/gpu.json, for {n(10_582):,} images:\n")
+        print(to_markdown([dict(stage=r["stage"], times=r["times"], time=r["time"]) for r in told]))
+        if pick_device(a.device).type == "cpu": print("there is no GPU here, and a CPU takes tens of times as long")
         if a.estimate: return 0
         if not a.data: raise ValueError("name the folder of VOC: --data DIR; adcam data get voc2012 DIR fetches it")
         rows = reproduce(p, a.data, a.out or results_dir("voc_paper"), a.weights or None, a.resnet or None, a.init or None, limit=a.limit, device=a.device, precision=a.precision,

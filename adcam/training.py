@@ -134,7 +134,7 @@ def arithmetic(
     what: str,            # see `told`
     lower: str,           # see `told`
 ) -> Iterator[None]:
-    "Open this around a training: TF32 as the precision says (autocast is accelerate's part), the same sums in every run, errors from outside in words, `released` at the end"
+    "Open this around a training: TF32 as the precision says (autocast is accelerate's part), cuDNN's deterministic kernels, errors from outside in words, `released` at the end"
     cudnn = torch.backends.cudnn
     before, cudnn.deterministic = cudnn.deterministic, True
     try:
@@ -282,6 +282,11 @@ def _check_losses(values: dict, step: int, remedy: Callable) -> None:
     "A loss that is no number ends the training, in words"
     if not all(map(math.isfinite, values.values())): raise FloatingPointError(f"the loss became {values} in step {step}; {remedy()}")
 
+def _one_kernel(optimizer):
+    "On a GPU one operation updates all weights of a group; elsewhere as PyTorch does by itself"
+    for g in optimizer.param_groups:
+        if "fused" in g and all(p.is_cuda for p in g["params"]): g["fused"] = True
+
 def take_steps(
     acc: Accelerator,
     optimizer: torch.optim.Optimizer,
@@ -298,6 +303,7 @@ def take_steps(
 ) -> None:
     "One optimizer step per batch; the numbers of a step are read when they have come"
     waiting, step = [], len(run["history"])
+    _one_kernel(optimizer)
     def note(keep):
         while len(waiting) > keep:
             head, names, late, tail = waiting.pop(0)

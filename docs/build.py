@@ -39,6 +39,8 @@ def jupyter_anchor(title: str) -> str:
 def notebook_page(path: Path, executed: list[Path] = ()) -> nbformat.NotebookNode:
     "A notebook as its reader wants it: no hidden cells, no directives, long exported code folded, outputs of a run that was made here"
     nb, module, cells = nbformat.read(path, 4), "", []
+    sheet = path.parent / "student" / path.name
+    blanks = {c.id: c for c in nbformat.read(sheet, 4).cells if "exercise" in c.metadata.get("tags", [])} if sheet.is_file() else {}
     done = {(c.id, c.source): c.outputs for p in executed for c in nbformat.read(p, 4).cells if c.cell_type == "code"}
     for cell in nb.cells:
         flags = dict(re.findall(r"^#\|\s*(\w+):?[ \t]*(.*?)\s*$", cell.source, re.M)) if cell.cell_type == "code" else {}
@@ -51,7 +53,9 @@ def notebook_page(path: Path, executed: list[Path] = ()) -> nbformat.NotebookNod
             if flags.get("echo") == "false": cell.metadata.tags.append("remove-input")
             elif "export" in flags and (cell.source.count("\n") >= LONG or module.startswith("course.")):  # a check gives the answer away
                 fold(cell, f"adcam.{module}: {names(cell.source)}")
-            elif "# solution" in cell.source: fold(cell, "a solution, after you have tried")
+            elif "# solution" in cell.source:
+                if cell.id in blanks: cells.append(nbformat.NotebookNode(blanks[cell.id], id=f"{cell.id}-blank"))  # first what is asked
+                fold(cell, "a solution, after you have tried")
             for o in cell.outputs: strip_paths(o)
         if cell.source: cells.append(cell)
     nb.metadata.pop("widgets", None)
@@ -216,13 +220,6 @@ def short(path: Path) -> str:
     return re.split(r": ", title_of(path))[0] if path.parent.name == "paper" else title_of(path)
 
 
-def badges(repository: str) -> str:
-    "Badges that open the notebooks where nothing has to be installed"
-    binder = f"https://mybinder.org/v2/gh/{repository}/main?urlpath=lab/tree/nbs/index.ipynb"
-    colab = f"https://colab.research.google.com/github/{repository}/blob/main/nbs/colab.ipynb"
-    return f"[![Open in Binder](https://mybinder.org/badge_logo.svg)]({binder}) [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({colab})"
-
-
 def landing(entries: dict[str, list[str]]) -> str:
     "The README with the table of contents; its pictures and links are relative to the root, as here"
     text = re.sub(r"^<!--.*?-->\s*", "", (ROOT / "README.md").read_text(), flags=re.S)
@@ -261,7 +258,7 @@ def prepare(src: Path) -> None:
     entries["Start"].insert(0, "What this is <self>")
     entries["Reference"] += ["api/index", "DEPARTURES"]
     write(src / "index.md", landing(entries))
-    shutil.copy(Path(__file__).parent / "site.css", src / "_static")
+    for name in ("site.css", "site.js"): shutil.copy(Path(__file__).parent / name, src / "_static")
     package, name, digest = MATHJAX
     [mathjax] = [f.locate() for f in importlib.metadata.files(package) if f.name == name]
     if hashlib.sha256(Path(mathjax).read_bytes()).hexdigest() != digest: raise SystemExit(f"{name} of {package} is not MathJax 3.2.2 as published")
@@ -307,10 +304,8 @@ def faults(out: Path) -> list[str]:
 
 def main() -> int:
     ask = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    ask.add_argument("--badges", metavar="OWNER/NAME", help="only print the lines for a README on GitHub")
     ask.add_argument("out", nargs="?", default="_docs", type=Path, help="folder of the site, _docs by default")
     args = ask.parse_args()
-    if args.badges: return print(badges(args.badges)) or 0
     out = args.out.resolve()
     prepare(SRC)
     html = SRC.parent / "html/site"    # myst-nb leaves a folder beside the one that it builds

@@ -23,6 +23,7 @@ html_theme = "furo"
 html_title = project
 html_static_path = [str(SRC / "_static")]
 html_css_files = ["site.css"]
+html_js_files = [("site.js", {"defer": "defer"})]
 html_favicon = str(Path(__file__).parent / "icon.svg")
 html_copy_source = html_show_sourcelink = False
 html_use_opensearch = ""

@@ -144,6 +144,11 @@ def test_a_marker_without_its_partner_is_named(text):
     with pytest.raises(ValueError, match="lesson9.ipynb, cell abc: .* must come in pairs"): course.blanked(text, "lesson9.ipynb, cell abc")
 
 
+def test_a_byte_order_mark_does_no_harm(tmp_path):
+    (tmp_path / "a.ipynb").write_text("\ufeff" + STUDENTS[0].read_text(encoding="utf-8"), encoding="utf-8")
+    assert course.read(tmp_path / "a.ipynb") == course.read(STUDENTS[0])
+
+
 def test_a_removed_lesson_leaves_no_version_behind(tmp_path, monkeypatch):
     (tmp_path / "student").mkdir()
     (tmp_path / "student" / "lesson7.ipynb").write_text("{}")
@@ -188,6 +193,8 @@ def graded(tmp_path_factory):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(json.dumps(nb))
     (folder / "torn.ipynb").write_text('{"cells": [')
+    (folder / "empty.ipynb").write_text("")
+    (folder / "old.ipynb").write_text('{"nbformat": 3, "worksheets": []}')
     (folder / "other.ipynb").write_text((ROOT / "nbs/scaling.ipynb").read_text())
     rc = grade.main([str(folder), "--out", str(folder / "grades.csv"), "--cell-seconds", "10"])
     rows = list(csv.DictReader(io.StringIO((folder / "grades.csv").read_text())))
@@ -216,7 +223,8 @@ def test_checks_of_a_submission_are_not_trusted(graded, exercise, result, remark
     assert (row["result"], row["remark"]) == (result, remark)
 
 
-@pytest.mark.parametrize("name, message", [("torn.ipynb", "torn.ipynb is no notebook"), ("other.ipynb", "no lesson of the course")])
+@pytest.mark.parametrize("name, message", [
+    ("torn.ipynb", "torn.ipynb is no notebook, its text is no JSON"), ("other.ipynb", "no lesson of the course"), ("empty.ipynb", "empty.ipynb is empty"), ("old.ipynb", "before 2015")])
 def test_what_cannot_be_read_is_named_and_reported(graded, name, message):
     rows, rc = graded
     assert rc == 1 and rows[name, ""]["result"] == "unreadable" and message in rows[name, ""]["message"]

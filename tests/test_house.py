@@ -233,15 +233,28 @@ def test_readme_links_exist():
 def test_readme_of_the_package_index_needs_no_files_beside_it():
     sys.path.insert(0, str(ROOT / "tools"))
     try:
-        from dist import absolute, repository
+        from dist import absolute, address
     finally:
         sys.path.pop(0)
     text = absolute((ROOT / "README.md").read_text(), "https://example.org/adcam", "main")
     links = re.findall(r"\]\(([^)\s]+)", text) + re.findall(r'src="([^"]+)"', text)
-    assert links and all(re.match(r"https?:|#", x) for x in links) and repository()[0].startswith("https://")
+    assert links and all(re.match(r"https?:|#", x) for x in links) and address()[0].startswith("https://")
     assert "![" in text and re.search(r"!\[[^\]]*\]\(https://example.org/adcam/raw/main/results/", text)
     assert absolute("[a](b.md) ![c](d.png) [![e](f.png)](g.md) [h](#i) [j](https://k.l)", "u",
                     "m") == "[a](u/blob/m/b.md) ![c](u/raw/m/d.png) [![e](u/raw/m/f.png)](u/blob/m/g.md) [h](#i) [j](https://k.l)"
+
+
+def test_the_address_is_set_at_one_place(settings):
+    "git_url of settings.ini; while it is the placeholder no badge leads nowhere"
+    sys.path.insert(0, str(ROOT / "tools"))
+    try: import readme
+    finally: sys.path.pop(0)
+    real = readme.badges("https://github.com/some.one/ad-cam", "main")
+    assert real.count("some.one/ad-cam/") == 2 and "lab/tree/nbs/index.ipynb" in real and "/blob/main/nbs/colab.ipynb" in real
+    assert '\\"https://github.com/x/y\\"' in readme.colab("https://github.com/x/y")
+    assert readme.badges(*readme.address()) == "" or readme.badges(*readme.address()) in (ROOT / "README.md").read_text()
+    elsewhere = [p.name for p in [*(ROOT / "nbs").rglob("*.ipynb"), *(p for p in ROOT.glob("*.*") if p.is_file())] if settings["git_url"] in p.read_text(encoding="utf-8", errors="ignore")]
+    assert sorted(set(elsewhere) - {"README.md"}) == ["colab.ipynb", "settings.ini"]
 
 
 def test_a_wheel_carries_notebooks_and_configs():

@@ -191,6 +191,8 @@ def test_no_label_is_lost_with_heads_auto(tmp_path, capsys):
     note = next(r["note"] for r in done.run.rows if r["stage"] == "classifier")
     assert done.classes == ("Hund", "bus", "person") and not done.opened.ds.left_out and "trained heads for" in note and "person" in note and "penalty" in note
     assert (tmp_path / "a/classifier/weights.safetensors").is_file()
+    again = make_masks(root, tmp_path / "a", heads="auto", classes="Hund=151", **common)
+    assert [r["note"] for r in again.run.rows if r["stage"] == "seeds"] == ["0 computed, 4 were there"]
     done = make_masks(root, tmp_path / "b", classes="Hund=151", **common)
     assert done.opened.ds.left_out == ["bus", "person"] and not (tmp_path / "b/classifier").exists()
 

@@ -1,32 +1,27 @@
 """What makes a GPU fast can be checked without one: how many operations a view starts, that none of them waits, and that every fast way gives the numbers of the slow one."""
+import importlib.util
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from adcam import conformer
 from adcam.cam import ad_cam, att_diffu, cam_map, checks_later, trans_cam, ts_cam
 from adcam.conformer import conformer_mini, conformer_small
 from adcam.data import TrainViews, normalized, to_tensor
+from adcam.deeplab import pixel_loss
 from adcam.devices import precision
+from adcam.pipeline import load_result
 from adcam.scenes import Scenes
-from adcam.seeds import batch_maps, check_seeds, extract, extract_dataset, load_seed, view, view_maps, view_pixels, view_size
+from adcam.seeds import batch_maps, check_seeds, extract, extract_dataset, load_seed, merge, view, view_maps, view_pixels, view_size
 
 
-class Operations(TorchDispatchMode):
-    "Counts operations that a GPU would have to start (no views, no empty memory), and notes those that would wait for it"
-
-    def __init__(self):
-        super().__init__()
-        self.count, self.waits = 0, []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name, view_only = func.overloadpacket.__name__, any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
-        self.count += not view_only and not name.startswith(("empty", "new_empty", "_unsafe_view", "detach", "promote_types"))
-        if name in ("_local_scalar_dense", "is_nonzero", "nonzero",
-                    "equal") or name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1]):
-            self.waits.append(name)
-        return func(*args, **(kwargs or {}))
+ROOT = Path(__file__).parents[1]
+spec = importlib.util.spec_from_file_location("counts", ROOT / "tools/bench/counts.py")
+counts = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(counts)
+Operations = counts.Operations
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +87,94 @@ def test_nothing_in_a_batch_waits_for_the_device(net, method, options):
         assert seen.waits == []
 
 
+@pytest.fixture(scope="module")
+def on_paper():
+    "Everything that tools/bench/counts.py counts, for the code as it is"
+    return counts.counted()
+
+
+def test_no_count_of_a_gpus_work_is_above_the_committed_one(on_paper):
+    committed = {r["name"]: r["value"] for r in load_result("counts", ROOT / "results/bench")["rows"]}
+    assert {name for name, _ in on_paper.items()} == set(committed)
+    assert {name: value for name, (value, _, _) in on_paper.items() if value > committed[name]} == {}
+
+
+def test_nothing_waits_for_the_device_in_a_batch_of_seeds_or_a_step_of_a_training(on_paper):
+    assert {name: value for name, (value, unit, _) in on_paper.items() if unit == "waits" and value} == {}
+
+
+def test_the_counter_sees_what_waits():
+    x = torch.zeros(3, device="meta")
+    for wait in (lambda: bool((x > 0).any()), lambda: x[x > 0], lambda: x.sum().item(), lambda: x.cpu(), lambda: float(x.max())):
+        with counts.on_paper(), Operations("meta") as seen:
+            wait()
+        assert len(seen.waits) == 1
+    with counts.on_paper(), Operations("meta") as seen:
+        x.to("cpu", non_blocking=True), torch.zeros(3).sum().item()
+    assert seen.waits == []
+
+
 # ---------------------------------------------------------------- the same numbers
+
+@pytest.mark.parametrize("images", [1, 2, 3])
+def test_a_batch_that_is_too_large_for_whole_attention_is_split_and_nothing_else_changes(monkeypatch, images):
+    q, k, v, bias = (torch.randn(5, 3, 10, n) for n in (8, 8, 8, 10))
+    for b in (None, bias):
+        whole = conformer.whole_attention(q, k, v, .3, b)
+        with monkeypatch.context() as m:
+            m.setattr(conformer, "_GPU", images * 3 * 10 * 10)
+            parts = conformer.whole_attention(q, k, v, .3, b)
+        for x, y in zip(parts, whole):
+            torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
+
+
+def test_attention_of_an_image_that_fits_no_memory_is_done_in_pieces(net, monkeypatch):
+    x = torch.randn(2, 3, 80, 96)
+    with torch.no_grad():
+        whole = net.maps(x).attn
+        monkeypatch.setattr(conformer, "_GPU", 3 * 121 * 40)
+        monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda t: True))
+        torch.testing.assert_close(net.maps(x).attn, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_maps_of_a_batch_merged_at_once_are_those_merged_one_by_one():
+    views, size = [torch.rand(3, 2, h, w) for h, w in ((6, 8), (3, 4), (12, 16))], (93, 125)
+    for together, alone in zip(merge([v.flatten(0, 1) for v in views], size), zip(*(merge([v[b] for v in views], size) for b in range(3)))):
+        assert torch.equal(together.unflatten(0, (3, 2)), torch.stack(alone))
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_a_pixel_loss_that_does_not_wait_has_the_gradients_of_one_that_selects_bit_for_bit(balanced):
+    y = torch.randint(0, 4, (2, 9, 9))
+    y[0, :3] = 255
+
+    def selected(losses, chosen):
+        return losses[chosen].sum() / chosen.sum().clamp(min=1)
+
+    def slow(z):
+        losses = torch.nn.functional.cross_entropy(z, y, ignore_index=255, reduction="none")
+        return selected(losses, y == 0) + selected(losses, (y != 0) & (y != 255)) if balanced else selected(losses, y != 255)
+
+    grads = []
+    for loss in (slow, lambda z: pixel_loss(z, y, balanced)):
+        z = torch.randn(2, 4, 9, 9, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        loss(z).backward()
+        grads.append(z.grad)
+    assert torch.equal(*grads)
+
+
+def test_displacements_seen_through_boxes_are_those_found_by_index():
+    from adcam.boundaries import _displacement_sums
+    from adcam.walk import pair_tables
+    dp, table = torch.randn(2, 2, 12, 20).requires_grad_(), pair_tables(4, (12, 20))
+    fg, bg = torch.rand(2, *table.to.shape) < .4, torch.rand(2, *table.to.shape) < .4
+    flat = dp.flatten(2)
+    gap = flat[..., table.src].unsqueeze(2) - flat[..., table.to]
+    want = table.dst.T.to(gap)[None, :, :, None]
+    slow = ((gap - want).abs() * fg[:, None]).sum(), (gap.abs() * bg[:, None]).sum()
+    fast = _displacement_sums(dp, bg, fg, 4)
+    assert all(torch.equal(a, b) for a, b in zip(fast, slow))
+    torch.testing.assert_close(*(torch.autograd.grad(a + b / 7, dp)[0] for a, b in (fast, slow)))
 
 @torch.no_grad()
 @pytest.mark.parametrize("arithmetic, rtol", [("fp32", 1e-4), ("bf16", 5e-2)])

@@ -10,8 +10,8 @@ from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
 
 from adcam import cam
-from adcam.viz import (ERROR_COLORS, METHODS, METRICS, Inspector, attention_rows, colorize, drawn_palette, error_map, inspector, method_style,
-                       overlay, overlay_mask, palette, panel, patch_at, set_style,
+from adcam.viz import (ERROR_COLORS, METHODS, METRICS, Inspector, attention_rows, colorize, drawn_palette, error_map, inspector, method_style, overlay,
+                       overlay_mask, palette, panel, patch_at, set_style,
                        show_images, show_matrix)
 
 GRAY = np.full((12, 16, 3), 128, np.uint8)

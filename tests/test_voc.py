@@ -11,7 +11,7 @@ import pytest
 import torch
 from adcam.data import VOCFolder
 from adcam.evaluation import Sweep
-from adcam.pipeline import upsample
+from adcam.pipeline import load_result, upsample
 from adcam.scenes import write_voc
 from adcam.learned import mean_average_precision
 from adcam.voc import Plan, as_plan, check_photographs, count_maps, counts_rows, load_counts, other_list, photograph_rows, plan_dict, score_counts, why_rows
@@ -135,21 +135,36 @@ def test_an_empty_folder_of_counts_says_how_to_make_them(tmp_path):
         load_counts(tmp_path)
 
 
-def paper(name, out, **parameters):
+def paper(name, out, cache=None, **parameters):
     "Run a figure notebook and return what it wrote"
-    env = dict(os.environ, ADCAM_CACHE=str(out / "cache"), OMP_NUM_THREADS="1")
+    env = dict(os.environ, ADCAM_CACHE=str(cache or out / "cache"), OMP_NUM_THREADS="1")
     given = [w for n, v in parameters.items() for w in ("-p", n, str(v))]
     run = subprocess.run([sys.executable, "-m", "papermill", "-k", "python3", "--no-progress-bar", str(ROOT / f"nbs/paper/{name}.ipynb"),
                           str(out / "run.ipynb"), *given, "-p", "out_dir", str(out / "out")],
                          capture_output=True, text=True, env=env, cwd=out)
     assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads((out / f"out/{name}.json").read_text())
+    return load_result(name, out / "out")
 
 
 @pytest.mark.parametrize("name", ["table3", "fig4", "fig5", "fig6"])
 def test_figures_are_drawn_from_counts_alone(name, measured, tmp_path):
     body = paper(name, tmp_path, counts=measured / "out")
     assert body["rows"] and body["ledger"] and not list((tmp_path / "out").glob("photo_*"))
+
+
+def test_a_folder_and_networks_give_what_their_counts_give(measured, tmp_path):
+    work, cache = measured / "work", tmp_path / "cache"
+    weights = ",".join(str(work / f"cnn_seed{s}.safetensors") for s in range(3))
+    given = dict(data=work / "voc", network="test_resnet+test_vit", weights=weights, vit_weights=work / "vit.safetensors", lists="val,train", k=5, most_k=20)
+    for name in ("table3", "fig5"): (tmp_path / name).mkdir()
+    body = paper("table3", tmp_path / "table3", cache, **given)
+    point = lambda rows: {(r["split"], r["seed"], r["blocks"], r["method"], r["direction"], r["rule"]): round(r["miou"], 6) for r in rows
+                          if r["vit"] == "frozen" and (r["method"] == "cam" or (r["method"], r["k"], r["steps"]) == ("ad_cam", 5, 2))}
+    assert point(body["rows"]) == point(counts_rows(load_counts(measured / "out")))
+    assert body["provenance"]["settings"]["data"] == "voc" and str(tmp_path) not in json.dumps({n: v for n, v in body["provenance"]["settings"].items() if n != "out_dir"})
+    chunks = {p: p.stat().st_mtime_ns for p in cache.rglob("0*.npz")}
+    paper("fig5", tmp_path / "fig5", cache, **given)                          # the next figure counts nothing, and draws the photographs
+    assert {p: p.stat().st_mtime_ns for p in cache.rglob("0*.npz")} == chunks and list((tmp_path / "fig5/out").glob("photo_fig5_*.png"))
 
 
 def test_walked_seeds_stand_beside_their_masks(measured, tmp_path):

@@ -14,6 +14,7 @@ import base64
 import hashlib
 import io
 import json
+import os
 import re
 import shutil
 import sys
@@ -34,8 +35,10 @@ def lessons() -> list[Path]:
 
 def read(path: Path) -> dict:
     "A notebook as plain JSON. `ValueError` for what is none."
-    try: nb = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as e: raise ValueError(f"{path.name} is no notebook: {e}") from None
+    if not path.stat().st_size: raise ValueError(f"{path.name} is empty")
+    try: nb = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors write a byte order mark
+    except (UnicodeDecodeError, json.JSONDecodeError) as e: raise ValueError(f"{path.name} is no notebook, its text is no JSON: {e}") from None
+    if isinstance(nb, dict) and "worksheets" in nb: raise ValueError(f"{path.name} has the format of before 2015: open it in Jupyter and save it")
     if not isinstance(nb, dict) or not isinstance(nb.get("cells"), list): raise ValueError(f"{path.name} is no notebook: it has no cells")
     return nb
 
@@ -128,6 +131,7 @@ def run(names: list[str]) -> int:
     import nbformat
     from nbconvert.preprocessors import ExecutePreprocessor
     from nbdev.clean import nbdev_clean
+    os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"  # pictures are kept, whatever this shell says
     for path in [COURSE / f"{n.removesuffix('.ipynb')}.ipynb" for n in names] or lessons():
         nb = nbformat.read(path, as_version=4)
         ExecutePreprocessor(timeout=600, kernel_name="python3").preprocess(nb, dict(metadata=dict(path=str(COURSE))))

@@ -1,7 +1,6 @@
 """A wheel for a package index: `python tools/dist.py [FOLDER]`, dist if not given.
 
 README.md links to files beside it, which an index does not have. In the wheel its links are absolute: to `git_url` of settings.ini."""
-import configparser
 import re
 import shutil
 import subprocess
@@ -9,15 +8,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from readme import address  # noqa: E402
+
 ROOT = Path(__file__).resolve().parent.parent
 INTO = ("adcam", "nbs/paper", "configs", "pyproject.toml", "README.md", "LICENSE")
-
-
-def repository() -> tuple[str, str]:
-    "Address and branch of the repository, from settings.ini."
-    ini = configparser.ConfigParser(interpolation=None)
-    ini.read(ROOT / "settings.ini")
-    return ini["DEFAULT"]["git_url"].rstrip("/"), ini["DEFAULT"]["branch"]
 
 
 def absolute(text: str, url: str, branch: str) -> str:
@@ -29,7 +24,7 @@ def absolute(text: str, url: str, branch: str) -> str:
 
 
 def main() -> int:
-    out, (url, branch) = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "dist").resolve(), repository()
+    out, (url, branch) = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "dist").resolve(), address()
     if ".invalid" in url:
         print(f"note: git_url in settings.ini is {url}, a placeholder: links of the description lead nowhere until it is set", file=sys.stderr)
     with tempfile.TemporaryDirectory(prefix="adcam-dist-") as folder:

@@ -34,7 +34,7 @@ def table1(r: dict) -> dict:
 
 def table2(r: dict) -> dict:
     from adcam.pipeline import PUBLISHED
-    return dict(rows=r["rows"], PAPER={p["method"]: p for p in PUBLISHED["table2"]["rows"]})
+    return dict(rows=r["rows"], PAPER={p["method"]: p for p in PUBLISHED["table2"]["rows"]}, SMALL="resnet_mini", LARGE="conformer_mini")
 
 
 def table3(r: dict) -> dict:
@@ -47,12 +47,10 @@ def why(r: dict) -> dict:
 
 
 def photos(r: dict) -> dict:
-    import numpy as np
     from types import SimpleNamespace
     from adcam.pipeline import Point
     point = lambda q: Point(*(q[f] for f in Point._fields))
-    means = lambda size: np.array([[q[n] for n in ("received", "auc", "sink_share")] for q in r["why"] if q["size"] == size])  # (L+1,3)
-    return dict(rows=r["rows"], measured_means=means, index={(q["split"], q["size"], q["blocks"], point(q), q["rule"]): q for q in r["rows"]}, net=SimpleNamespace(stride=14),
+    return dict(rows=r["rows"], index={(q["split"], q["size"], q["blocks"], point(q), q["rule"]): q for q in r["rows"]}, net=SimpleNamespace(stride=14),
                 points=[], BLOCKS=("all", "half"), directions=("push", "pull"), references=[Point("cam"), Point("ts_cam"), Point("trans_cam", 0, 1, "pull")],
                 NAMES=dict(cam="CAM", ts_cam="TS-CAM", trans_cam="TransCAM", att_diffu="Att-Diffu only", ad_cam="AD-CAM"))
 
@@ -64,7 +62,7 @@ FIGURES = {  # name: notebook, cells to run (by id; a line of code stands for it
     "related/table1": ("table1", ("82ae521d", "32df6204"), table1),
     "table2": ("table2", ("b13f8b77", "b2619245"), table2),
     "table3": ("table3", ("1966a469", "ROWS = scenes_rows()", "bdd12ea8", "36dc995e"), table3),
-    "photos": ("photos", ("228892fb", "ea32b1c2", "230f4a03", "39651f96", "means = measured_means", "d665392c", "a1efb2a5"), photos),
+    "photos": ("photos", ("228892fb", "ea32b1c2", "230f4a03", "d665392c", "a1efb2a5"), photos),
     "why": ("table3", ("b9bceaf2", "89656d77"), why),
 }
 

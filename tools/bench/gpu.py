@@ -1,6 +1,6 @@
 """What one GPU does, and whether it does it right: seeds, training, prediction, against a goal each, and the device's numbers against the CPU's.
 
-    python tools/bench/gpu.py [--total SECONDS] [--rows a,b] [--tiny]
+    python tools/bench/gpu.py [--total 195] [--rows a,b] [--tiny]
 
 Needs a GPU and no data: photographs of 375 x 500 are made up (smooth color fields, sent as JPEG), Conformer-S and DeepLabV2 have random
 weights, which cost what trained ones cost. Every row stands alone: one that fails is recorded with its error, one that takes too long is
@@ -19,7 +19,9 @@ import io
 import json
 import os
 import signal
+import socket
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -37,7 +39,6 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch import nn  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 
 def without_smp():
@@ -53,12 +54,13 @@ def without_smp():
 
 without_smp()
 
+import counts  # noqa: E402  beside this file
 from adcam import cam as C  # noqa: E402
 from adcam.conformer import conformer_mini, conformer_small  # noqa: E402
 from adcam.devices import device_class, numerics, precision  # noqa: E402
 from adcam.pipeline import checkpoint_path, provenance, save_result  # noqa: E402
 from adcam.scenes import Sample, Scenes  # noqa: E402
-from adcam.seeds import METHODS, extract, extract_dataset, load_seed, view_maps  # noqa: E402
+from adcam.seeds import METHODS, batch_maps, check_seeds, extract, extract_dataset, load_seed, view_maps  # noqa: E402
 
 VOC_SCALES = (1.0, 0.5, 1.5, 2.0)
 
@@ -224,10 +226,41 @@ def seeds_consistent(c):
     return checked(error < 2e-3 and resumed and before == after, one_against_batches=error, resumed_bit_equal=resumed, switches_put_back=before == after)
 
 
+def weights_of(net):
+    return torch.cat([v.detach().double().flatten().cpu() for v in net.state_dict().values()])
+
+
+def repeats(c, run):
+    "run() -> a trained network. Twice as it is, and twice with what PyTorch has of deterministic operations; what it names as having none"
+    equal = torch.equal(weights_of(run()), weights_of(run()))
+    details, before = dict(twice=equal), torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        for name, strict in (("asked", False), ("forced", True)):
+            torch.use_deterministic_algorithms(True, warn_only=not strict)
+            try:
+                with warnings.catch_warnings(record=True) as said:
+                    warnings.simplefilter("always")
+                    details[f"twice_{name}"] = torch.equal(weights_of(run()), weights_of(run()))
+                details[f"named_{name}"] = sorted({str(w.message).split(" does not have")[0][:90] for w in said if "determin" in str(w.message)})
+            except RuntimeError as e:
+                details[f"twice_{name}"] = str(e)[:160]
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = before
+    return equal, details
+
+
+def small(c):
+    "(images, side) of the trainings that are compared"
+    return (8, 64) if c.tiny else (32, 96)
+
+
 @row("right: training repeats and continues bit for bit", 30, "pass")
 def training_repeats(c):
     from adcam.classifier import TrainConfig, train
-    ds, config = Scenes("train", 8 if c.tiny else 32, 64 if c.tiny else 96), TrainConfig(epochs=2, batch=4 if c.tiny else 16, crop=32 if c.tiny else 80, resize=None)
+    (n, side), losses = small(c), []
+    ds, config = Scenes("train", n, side), TrainConfig(epochs=2, batch=n // 2, crop=side * 5 // 6 // 8 * 8, resize=None)
 
     class Stop(Exception):
         pass
@@ -238,16 +271,105 @@ def training_repeats(c):
 
     def run(**options):
         net = conformer_mini(10, checkpoint=checkpoint_path(0))
-        history = train(net, ds, config, progress=False, **options)
-        return torch.cat([v.detach().double().flatten().cpu() for v in net.state_dict().values()]), history
+        losses.append([h["loss"] for h in train(net, ds, config, progress=False, **options)])
+        return net
 
-    (a, history), (b, _) = run(), run()
     with tempfile.TemporaryDirectory() as out:
         with contextlib.suppress(Stop):
             run(out=out, callback=stop)
-        d, _ = run(out=out)
-    falls = history[-1]["loss"] < 2 * history[0]["loss"]
-    return checked(torch.equal(a, b) and torch.equal(a, d) and falls, twice=torch.equal(a, b), continued=torch.equal(a, d), loss=[history[0]["loss"], history[-1]["loss"]])
+        continued = weights_of(run(out=out))
+    continued = torch.equal(continued, weights_of(run()))
+    equal, details = repeats(c, run)
+    return checked(equal and continued and losses[0][-1] < 2 * losses[0][0], continued=continued, loss=[losses[0][0], losses[0][-1]], **details)
+
+
+@row("right: training of IRNet repeats bit for bit", 30, "pass")
+def irnet_repeats(c):
+    from adcam.cnn import mini_path, resnet_mini
+    from adcam.irnet import IRNet, IRNetConfig, ResNetStages, train_irnet
+    n, side = small(c)
+    ds = Scenes("train", n, side)
+
+    def run():
+        torch.manual_seed(0)
+        net = IRNet(ResNetStages(resnet_mini(checkpoint=mini_path("pretrained")).eval().backbone_net))
+        train_irnet(net, ds, lambda s: s.mask, IRNetConfig(epochs=1, batch=n // 4, crop=64, radius=4, lr_edge=.01, lr_displacement=.01), progress=False)
+        return net
+
+    equal, details = repeats(c, run)
+    return checked(equal, **details)
+
+
+@row("right: training of DeepLabV2 repeats bit for bit", 30, "pass")
+def deeplab_repeats(c):
+    from adcam.deeplab import deeplabv2_mini
+    from adcam.segment import SegConfig, train_segmentation
+    n, side = small(c)
+    ds = Scenes("train", n, side)
+
+    def run():
+        torch.manual_seed(0)
+        net = deeplabv2_mini()
+        train_segmentation(net, ds, lambda s: s.mask, SegConfig(iterations=4, batch=n // 4, accumulate=2, crop=48, lr=1e-3, check=1000), progress=False)
+        return net
+
+    equal, details = repeats(c, run)
+    return checked(equal, **details)
+
+
+RANK = """
+import json, os, sys
+sys.path.insert(0, {root!r})
+import torch
+from pathlib import Path
+from adcam.classifier import TrainConfig, train
+from adcam.conformer import conformer_mini
+from adcam.pipeline import checkpoint_path
+from adcam.scenes import Scenes
+from adcam.seeds import extract_dataset
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    ds, net, out = Scenes("train", {n}, {side}), conformer_mini(10, checkpoint=checkpoint_path(0)), Path({out!r})
+    if not {tiny}: net.cuda()
+    extract_dataset(net, ds, out / "seeds", "ad_cam", k=20, clip_k=True, batch=4, workers=0, progress=False)
+    history = train(net, ds, TrainConfig(epochs=1, batch=8, crop=48, resize=None, drop_path=0., sync_bn=True), progress=False, device={device!r})
+    if os.environ.get("RANK", "0") == "0": (out / "history.json").write_text(json.dumps([h["loss"] for h in history]))
+"""
+
+
+@row("right: two processes on one GPU make what one makes", 60, "pass")
+def ranks(c):
+    "The same seeds, and the same losses, by gloo"
+    (n, side), found = small(c), {}
+    ds = Scenes("train", n, side)
+    with tempfile.TemporaryDirectory() as tmp, socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+        s.close()
+        for count in (1, 2):
+            out = Path(tmp) / str(count)
+            out.mkdir()
+            script = RANK.format(root=str(ROOT), n=n, side=side, out=str(out), tiny=not c.cuda, device="cuda:0" if c.cuda else "cpu")
+            env = dict(os.environ, OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count))
+            if not c.cuda:
+                env["ACCELERATE_USE_CPU"] = "true"
+            if count == 1:
+                for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+                    del env[name]
+            ranks_ = [{}] if count == 1 else [dict(RANK=str(r), LOCAL_RANK=str(r)) for r in range(count)]
+            started = [subprocess.Popen([sys.executable, "-c", script], env=env | r, stderr=subprocess.PIPE, text=True) for r in ranks_]
+            try:
+                said = [p.communicate()[1] for p in started]
+            finally:
+                for p in started:
+                    p.kill()
+            if any(p.returncode for p in started):
+                raise RuntimeError(f"a rank of {count} ended with an error: {max(said, key=len)[-350:]}")
+            found[count] = json.loads((out / "history.json").read_text())
+        complete = check_seeds(Path(tmp) / "2/seeds", ds)["complete"]
+        error = max(largest(load_seed(Path(tmp) / f"2/seeds/{i}.npz").cam, load_seed(Path(tmp) / f"1/seeds/{i}.npz").cam) for i in ds.ids)
+    apart = max(abs(a - b) for a, b in zip(found[1], found[2], strict=True))
+    return checked(complete and error < 2e-3 and apart < 1e-3, seeds_apart=error, seeds_complete=complete, losses_apart=apart, losses=found[2])
 
 
 @row("right: CRF labels and random walk", 25, "pass")
@@ -312,23 +434,24 @@ def of_384(method, arithmetic, goal):
 
 
 of_384("ad_cam", "fp32", 200)
-of_384("ad_cam", "bf16", None)
 of_384("cam", "fp32", None)
 
 
 # --------------------------------------------------------------------------------------------------------------- kernels
 
-class Operations(TorchDispatchMode):
-    "Counts operations that start work: no views, no empty memory"
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types_, args=(), kwargs=None):
-        view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
-        self.count += not view and not func.overloadpacket.__name__.startswith(("empty", "new_empty", "_unsafe_view", "detach", "promote"))
-        return func(*args, **(kwargs or {}))
+def profiled(c, run, units=1, longest=6):
+    "(kernels that the device's profiler saw, copies and fills included; where their time went), each per unit"
+    from torch.profiler import ProfilerActivity, profile
+    with profile(activities=[ProfilerActivity.CUDA]) as p:
+        run()
+        c.sync()
+    events = [(e.name(), e.duration_ns(), "CUDA" in str(e.device_type())) for e in p.profiler.kineto_results.events()]
+    work, total = [e for e in events if e[2]], {}
+    for name, ns, _ in work:
+        total[name[:60]] = total.get(name[:60], 0) + ns
+    most = {n: round(ns / 1e6 / units, 3) for n, ns in sorted(total.items(), key=lambda t: -t[1])[:longest]}
+    waits = sum("Synchronize" in n for n, _, gpu in events if not gpu) / units
+    return len(work) / units, dict(busy_ms=round(sum(e[1] for e in work) / 1e6 / units, 2), wall_ms=round(1e3 * statistics.median(c.seconds(run) for _ in range(3)) / units, 2), waits=round(waits, 1), longest_ms=most)
 
 
 def of_kernels(arithmetic):
@@ -340,24 +463,67 @@ def of_kernels(arithmetic):
         with torch.no_grad():
             run()
             if not c.cuda:
-                with Operations() as operations:
+                with counts.Operations() as operations:
                     run()
                 return operations.count, dict(counted="operations")
-            from torch.profiler import ProfilerActivity, profile
-            with profile(activities=[ProfilerActivity.CUDA]) as p:
-                run()
-                c.sync()
-            events = [(e.name(), e.duration_ns(), "CUDA" in str(e.device_type())) for e in p.profiler.kineto_results.events()]
-            work, total = [e for e in events if e[2]], {}
-            for name, ns, _ in work:
-                total[name[:60]] = total.get(name[:60], 0) + ns
-            longest = {n: round(ns / 1e6, 3) for n, ns in sorted(total.items(), key=lambda t: -t[1])[:6]}
-            waits = sum("Synchronize" in n for n, _, gpu in events if not gpu)
-            return len(work), dict(busy_ms=round(sum(e[1] for e in work) / 1e6, 2), wall_ms=round(1e3 * statistics.median(c.seconds(run) for _ in range(5)), 2), waits=waits, longest_ms=longest)
+            return profiled(c, run)
 
 
 of_kernels("fp32")
 of_kernels("bf16")
+
+
+def of_batch(method, arithmetic):
+    @row(f"kernels of an image at 4 scales with flips, in a batch of 16: {method}, {arithmetic}", 25, None, "kernels", higher=False)
+    def kernels(c):
+        "What tools/bench/counts.py counts without a GPU, and where the time goes"
+        size, scales, batch = ((64, 80), (1., .5), 2) if c.tiny else ((368, 496), VOC_SCALES, 16)
+        net, keys = c.network(), torch.tensor([[1, 2]] * batch, device=c.device)
+        views = [torch.randn(batch, 3, *(round(n * s / net.stride) * net.stride for n in size), device=c.device) for s in scales]
+        options = dict(k=20 if c.tiny else 50, clip_k=True) if method == "ad_cam" else {}
+        run = lambda: [batch_maps(net, x, keys, METHODS[method], True, precision=arithmetic, **options) for x in views]  # noqa: E731
+        run()
+        if not c.cuda:
+            with counts.Operations() as operations:
+                run()
+            return operations.count / batch, dict(counted="operations")
+        return profiled(c, run, batch, 12)
+
+
+of_batch("cam", "fp32")
+of_batch("ad_cam", "fp32")
+of_batch("ad_cam", "bf16")
+
+
+@row("attention of 2,962 tokens over that of 2,968, bf16", 15, None, "times", higher=False)
+def alignment(c):
+    "Would padding to a multiple of eight help the tensor cores?"
+    from adcam.conformer import whole_attention
+    n, batch = (64, 2) if c.tiny else (2968, 8)
+    q = torch.randn(3, batch, 6, n, 64, device=c.device, dtype=torch.bfloat16)
+    times = {}
+    for tokens in (n, n - 6):
+        run = lambda: whole_attention(*q[:, :, :, :tokens].contiguous(), .125)  # noqa: E731, B023
+        run()
+        times[tokens] = statistics.median(c.seconds(run) for _ in range(5))
+    return times[n - 6] / times[n], {f"{tokens}_ms": round(1e3 * t, 3) for tokens, t in times.items()}
+
+
+@row("AD-CAM's own math on 32 views of 2,961 tokens, float64", 20, None, "ms", higher=False)
+def own_math(c):
+    n, B = (64, 2) if c.tiny else (2961, 32)
+    attn = torch.rand(B, 1, 1 + n, 1 + n, device=c.device, dtype=torch.float64)
+    attn /= attn.sum(-1, keepdim=True)
+    with C.checks_later():
+        A = C.patch_attention(attn)
+        S = C.co_neighbor(A)
+        keep = C.top_k(S, 50 if n > 50 else 20)
+        M = torch.rand(B, 2, 1, n, device=c.device)
+        parts = dict(patch_attention=lambda: C.patch_attention(attn), co_neighbor=lambda: C.co_neighbor(A), top_k=lambda: C.top_k(S, 50 if n > 50 else 20),
+                     masked=lambda: C.refine(A, n, S=S), diffuse=lambda: C.diffuse(M, A, 2), all=lambda: C.diffuse(M, C.refine(C.patch_attention(attn), 50 if n > 50 else 20), 2))
+        del keep
+        ms = {name: round(1e3 * statistics.median(c.seconds(run) for _ in range(3)), 2) for name, run in parts.items()}
+    return ms.pop("all"), ms
 
 
 # -------------------------------------------------------------------------------------------------------------- training
@@ -370,6 +536,40 @@ def config_of(cls, arithmetic, **wanted):
     elif "mixed_precision" in names:
         wanted["mixed_precision"] = arithmetic
     return cls(**wanted)
+
+
+def of_loop(name, build, tiny, arithmetic):
+    @row(f"loop of 03b: {name}, one step without loader, {arithmetic}", 25, None, "ms", higher=False)
+    def loop(c):
+        "The same batch again and again, so that device and loop are all there is; what the device was asked to do"
+        from adcam import training as T
+        from adcam.progress import tqdm
+        acc = T.make_accelerator(arithmetic, "cuda:0" if c.cuda else "cpu")
+        net, optimizer, batch, gradients = build(c.device, **(tiny() if c.tiny else {}))
+        net, optimizer = acc.prepare(net, optimizer)
+
+        def run(steps):
+            T.take_steps(acc, optimizer, dict(history=[]), [batch] * steps, lambda b: gradients(acc, net, b), bar=tqdm(disable=True), remedy=str)
+
+        with T.arithmetic(acc.unwrap_model(net), arithmetic, "a step", "the batch"):
+            ms, asked = 1e3 * c.rate(run, 2, 3 if c.tiny else 10), {}
+            if c.cuda:
+                kernels, asked = profiled(c, lambda: run(4), 4, 10)
+                asked = dict(kernels=round(kernels), **asked)
+        return ms, asked
+
+
+def of_loops():
+    from adcam.cnn import mini_path, resnet_mini
+    from adcam.deeplab import deeplabv2_mini
+    from adcam.irnet import ResNetStages
+    stages = lambda: dict(stages=ResNetStages(resnet_mini(checkpoint=mini_path("pretrained")).eval().backbone_net), batch=2, crop=96)  # noqa: E731
+    of_loop("Conformer-S, batch 16 at 384", counts.classifier, lambda: dict(net=conformer_mini(20), batch=2, crop=32), "bf16")
+    of_loop("DeepLabV2, batch 10 at 321", counts.segmentation, lambda: dict(net=deeplabv2_mini(21), batch=2, crop=48), "bf16")
+    of_loop("IRNet, batch 16 at 512", counts.boundaries, stages, "tf32")
+
+
+of_loops()
 
 
 def of_classifier(arithmetic, goal):
@@ -391,7 +591,7 @@ def of_deeplab(arithmetic, goal):
         from adcam.deeplab import DeepLabV2, deeplabv2_mini
         from adcam.segment import SegConfig, train_segmentation
         ds = Photographs(24, *(48, 64) if c.tiny else (375, 500), 10 if c.tiny else 20)
-        size, short, long = (dict(batch=2, accumulate=1, crop=32), 1, 3) if c.tiny else (dict(batch=10, crop=321), 4, 20)
+        size, short, long = (dict(batch=2, accumulate=1, crop=32), 1, 3) if c.tiny else (dict(batch=10, crop=321), 2, 12)
         net = deeplabv2_mini() if c.tiny else DeepLabV2(21)
 
         def run(iterations):
@@ -434,6 +634,7 @@ def prediction(c):
 of_classifier("bf16", 60)
 of_deeplab("bf16", 120)
 of_irnet("tf32", 50)
+of_irnet("fp32", None)
 of_classifier("fp32", None)
 of_deeplab("fp32", None)
 
@@ -489,7 +690,7 @@ def line(r):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--total", type=float, default=600, help="seconds for everything, imports included")
+    parser.add_argument("--total", type=float, default=195, help="seconds for everything, imports included")
     parser.add_argument("--rows", default="", help="parts of names, separated by commas: only these rows")
     parser.add_argument("--tiny", action="store_true", help="small sizes, also without a GPU: a test of this script")
     parser.add_argument("--out", type=Path, default=None, help="folder of gpu.json; results/bench, and nowhere with --tiny")

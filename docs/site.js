@@ -1,0 +1,22 @@
+// Three things that the theme leaves out. Nothing is loaded, nothing is stored.
+window.addEventListener("load", () => {
+  // the navigation shows where one is
+  const here = document.querySelector(".sidebar-tree .current-page"), pane = document.querySelector(".sidebar-scroll");
+  if (here && pane) pane.scrollTop = here.offsetTop - pane.clientHeight / 3;
+
+  // who comes from the search is led to the heading with the word, or to the word, and not to the top of a long page
+  const article = document.querySelector("article"), found = article && (article.querySelector(":is(h2, h3, h4) .highlighted") || article.querySelector(".highlighted"));
+  if (found && !location.hash) {
+    const lead = () => { if (window.scrollY === at) { found.scrollIntoView({ block: "start" }); window.scrollBy(0, -80); at = window.scrollY; } };
+    let at = window.scrollY;
+    lead();
+    window.MathJax?.startup?.promise?.then(lead);  // equations have moved it
+  }
+
+  // a figure that was made smaller to fit opens at its size
+  for (const img of article?.querySelectorAll("img") ?? []) {
+    if (img.closest("a") || img.naturalWidth < 1.5 * img.clientWidth) continue;
+    img.style.cursor = "zoom-in";
+    img.addEventListener("click", () => { location.href = img.src; });
+  }
+});
