@@ -244,10 +244,11 @@ def test_a_wrong_call_ends_with_2(arguments, says, tmp_path, monkeypatch, capsys
 def decks(tmp_path_factory):
     "Slides, with empty files in place of the two packages."
     folder = tmp_path_factory.mktemp("slides")
-    for name in ("reveal/dist/reveal.js", "reveal/plugin/notes/notes.js", "mathjax/es5/tex-chtml-full.js"):
+    for name in ("reveal/dist/reveal.js", "reveal/dist/theme/simple.css", "reveal/plugin/notes/notes.js", "mathjax/es5/tex-chtml-full.js"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text("")
+        (folder / name).write_text("@import url(https://fonts.example.org/css?family=Lato:400,700);\nbody { color: #222 }\n" if name.endswith("css") else "")
     assert course.slides(folder / "out", folder / "reveal", folder / "mathjax") == 0
+    assert (folder / "out/reveal.js/dist/theme/simple.css").read_text() == "\nbody { color: #222 }\n"  # no font from elsewhere
     return {p.stem: p.read_text() for p in (folder / "out").glob("*.html")}
 
 

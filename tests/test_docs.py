@@ -94,6 +94,14 @@ def test_page_shows_no_directive_and_no_hidden_cell(site):
     assert "#|" not in text and "default_exp" not in text
 
 
+@needs_sphinx
+@pytest.mark.parametrize("lesson", [1, 6])
+def test_an_exercise_is_shown_with_its_blank_before_its_solution(site, lesson):
+    asked = (ROOT / f"nbs/course/student/lesson{lesson}.ipynb").read_text().count("# your code")
+    page = (site / f"nbs/course/lesson{lesson}.html").read_text()
+    assert page.count("# your code") == asked and page.index("# your code") < page.index("a solution, after you have tried")
+
+
 def test_dead_links_and_foreign_files_are_found(build, tmp_path):
     (tmp_path / "a.html").write_text('<p id="x"><a href="b.html">1</a> <a href="#y">2</a> <a href="#x">3</a> <a href="/c">4</a> <script src="https://example.org/s.js"></script>')
     assert sorted(f.split()[1] for f in build.faults(tmp_path)) == ["#y", "/c", "b.html", "loads"]
@@ -164,6 +172,14 @@ def test_what_is_pull(page, address):
     first.click()
     page.wait_for_load_state()
     assert "Pull" in page.locator("#push-and-pull").inner_text()
+    page.wait_for_function("(top => top >= 0 && top < innerHeight / 3)(document.querySelector('#push-and-pull').getBoundingClientRect().top)")  # on the screen, not below it
+
+
+@needs_sphinx
+@needs_browser
+def test_navigation_shows_where_one_is(page, address):
+    page.goto(address + "nbs/course/lesson5.html")
+    page.wait_for_function("(r => r.top > 0 && r.bottom < innerHeight)(document.querySelector('.sidebar-tree .current-page').getBoundingClientRect())")
 
 
 @needs_sphinx
