@@ -79,11 +79,11 @@ def compute(a, pair, ds, began: float) -> None:
             started, alone = time.process_time(), np.prod(view(sample.image, 1., pair.stride).shape[-2:]) // pair.stride**2
             maps = view_maps(pair, sample, scale, int(alone))
             atomic_write(path, lambda f: np.savez(f, cpu=time.process_time() - started, **maps))  # noqa: B023, called at once
-        print(f"{ds.ids[i]} {time.process_time() - began:.0f} CPU-s", file=sys.stderr, flush=True)
+        if sample: print(f"{ds.ids[i]} {time.process_time() - began:.0f} CPU-s", file=sys.stderr, flush=True)
 
 
 def count(a, ds) -> tuple[dict, list, dict]:
-    "{(views, row): Sweep} of the photographs that have all their views, their ids, CPU seconds of each scale"
+    "{(views, row): Sweep} of the photographs that have all their views, their ids, CPU seconds of every view by scale"
     sweeps, ids, spent = {}, [], {s: [] for s in a.scales}
     for i in range(len(ds)):
         paths = {s: a.work / f"{ds.ids[i]}-{s:g}.npz" for s in a.scales}
@@ -98,7 +98,7 @@ def count(a, ds) -> tuple[dict, list, dict]:
             for what, maps in views.items():
                 _, full = merge([torch.from_numpy(m) for m in maps], sample.image.shape[:2])
                 sweeps.setdefault((what, name), Sweep(len(ds.classes), PLAN.thresholds)).update(full.numpy(), np.flatnonzero(sample.label), sample.mask)
-    return sweeps, ids, {f"{s:g}": float(np.mean(t)) for s, t in spent.items() if t}
+    return sweeps, ids, {f"{s:g}": t for s, t in spent.items()}
 
 
 def main(argv=None) -> int:
@@ -118,9 +118,12 @@ def main(argv=None) -> int:
     settings = dict(network=a.network, scales=a.scales, k=PLAN.k, T=PLAN.T, blocks="half", chosen="each list at the threshold that the other one prefers", device="CPU, one thread")
     origin = provenance(seeds=[0], settings=settings, data={n: ds.fingerprint() for n, ds in lists.items()}, checkpoints=[f for f in (a.cnn_weights, a.vit_weights, a.trained) if f],
                         seconds=time.process_time() - began)
-    path = save_result("scales", rows, a.out or "results/voc", origin, photographs={n: c[1] for n, c in counted.items()}, cpu_seconds_of_a_view=counted[report][2])
+    spent = {s: [t for c in counted.values() for t in c[2][s]] for s in counted[report][2]}
+    of_a_view = {s: round(float(np.mean(t)), 2) for s, t in spent.items()}
+    path = save_result("scales", rows, a.out or "results/voc", origin, photographs={n: c[1] for n, c in counted.items()}, cpu_seconds_of_a_view=of_a_view,
+                       cpu_seconds=round(2 * sum(map(sum, spent.values()))))
     print(to_markdown([r | {v: f"{100 * r[v]:.1f}" for v in ("miou", "fp", "fn")} for r in rows if (r["split"], r["rule"]) == (report, "fixed")]))
-    print(json.dumps(counted[report][2]), path)
+    print(json.dumps(of_a_view), path)
     return 0
 
 
