@@ -132,7 +132,7 @@ bench: install ## measure speed ratios: results/mini/bench.json, and results/ben
 	$(PY) -m adcam.cli bench --out $(OUT)
 	n=0; for script in $(BENCHES); do n=$$((n + 1)); echo "$$n of $(words $(BENCHES)): $$script" >&2; OMP_NUM_THREADS=1 $(PY) $$script || exit 1; done
 
-bench-gpu: install ## speed and correctness on one GPU: results/bench/gpu.json (three minutes; ROWS=a,b takes only rows named so)
+bench-gpu: install ## speed and correctness on one GPU: results/bench/gpu.json (195 s at most; ROWS=a,b takes only rows named so)
 	$(PY) tools/bench/gpu.py $(if $(ROWS),--rows "$(ROWS)")
 
 course: install ## write the students' versions of the course's lessons

@@ -188,11 +188,11 @@ def _train_integral(desk: Desk, path: Path) -> dict:
     save_weights(net, path)
     return dict(photographs=len(desk.learn), steps=len(history), first=round(history[0]["loss"], 3), last=round(history[-1]["loss"], 3))
 
-# %% ../nbs/13j_voc_baselines.ipynb #19b61fbc
+# %% ../nbs/13j_voc_baselines.ipynb #f3b98cb8
 def _train_getam_head(desk: Desk, path: Path) -> dict:
-    "A linear classifier on the ViT, from each photograph once"
+    "A linear classifier on the ViT, from each photograph once, at a third of the tokens"
     pair = copy.deepcopy(desk.pair)
-    history = train_heads(pair, desk.learn, HeadsConfig(batch=1), progress=False)
+    history = train_heads(pair, desk.learn, HeadsConfig(size=336, batch=1), progress=False)
     save_weights(pair.trans_cls_head, path)
     return dict(photographs=len(desk.learn), steps=len(history), last=round(history[-1]["trans"], 4))
 
@@ -266,7 +266,7 @@ def _psa_maps(desk: Desk, sample: Any, keys: list) -> Tensor:
     high = upsample(row_map(desk, "CAM", sample)[None], size)[0].cpu().numpy()               # (n,H,W)
     return torch.from_numpy(psa_shares(psa_walk(high, affinity_features(net, sample.image), net.stride), size, net.stride))
 
-# %% ../nbs/13j_voc_baselines.ipynb #201c705e
+# %% ../nbs/13j_voc_baselines.ipynb #e786896f
 def _trained(name: str, what: str) -> Callable:
     "The sentence of a row that was trained"
     def said(desk):
@@ -283,7 +283,7 @@ BASELINES = (
     Baseline("OAA", _oaa_maps, _trained("oaa", "maps accumulated while a new classifier learns"), few=False),
     Baseline("OAA+", lambda d, s, k: _integral(d).maps(view(s.image, 1., d.pair.stride).to(d.device)).cam[0, k].relu(), _trained("integral", "a network on the accumulated maps"), few=False),
     Baseline("CAM + PSA", _psa_maps, _trained("affinity", "AffinityNet on the CNN's stages, labels of CAM")),
-    Baseline("GETAM", lambda d, s, k: getam_views(_getam(d), s.image, k)[0], _trained("getam", "gradients of a linear head on the frozen ViT, no training by them, no saliency; PAMR as published")),
+    Baseline("GETAM", lambda d, s, k: getam_views(_getam(d), s.image, k)[0], _trained("getam", "gradients of a linear head on the frozen ViT; neither trained end to end nor with saliency; PAMR as published")),
     Baseline("AdvCAM", lambda d, s, k: advcam_views(_cnn(d), s.image, k, iterations=d.effort.advcam)[0], lambda d: f"{d.effort.advcam} maps of one scale without mirror images (27 of each of four scales with them)"),
     Baseline("Score-CAM", lambda d, s, k: score_cam_views(_cnn(d), s.image, k, channels=d.effort.channels, group=1)[0], lambda d: f"the {d.effort.channels} channels with the largest variance (all 1,280), softmax over channels of the logit"),
     Baseline("RIB", lambda d, s, k: rib_views(_cnn(d), s.image, k, others=d.learn, batch=d.effort.rib_others, crop=d.effort.rib_crop, steps=d.effort.rib_steps)[0],

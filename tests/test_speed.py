@@ -13,6 +13,7 @@ from adcam.data import TrainViews, normalized, to_tensor
 from adcam.deeplab import pixel_loss
 from adcam.devices import precision
 from adcam.pipeline import load_result
+from adcam.reproduce import measured_speeds
 from adcam.scenes import Scenes
 from adcam.seeds import batch_maps, check_seeds, extract, extract_dataset, load_seed, merge, view, view_maps, view_pixels, view_size
 
@@ -97,6 +98,16 @@ def test_no_count_of_a_gpus_work_is_above_the_committed_one(on_paper):
     committed = {r["name"]: r["value"] for r in load_result("counts", ROOT / "results/bench")["rows"]}
     assert {name for name, _ in on_paper.items()} == set(committed)
     assert {name: value for name, (value, _, _) in on_paper.items() if value > committed[name]} == {}
+
+
+def test_the_gpu_bench_measures_all_that_the_estimate_of_hours_reads(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tools/bench")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    gpu = importlib.import_module("gpu")
+    rows = [dict(name=r["name"], value=1., status="measured") for r in gpu.ROWS]
+    assert len({r["name"] for r in rows}) == len(rows)
+    for arithmetic in ("fp32", "bf16"):
+        assert set(measured_speeds(dict(rows=rows), arithmetic).values()) >= {.001, 1.}
 
 
 def test_nothing_waits_for_the_device_in_a_batch_of_seeds_or_a_step_of_a_training(on_paper):
