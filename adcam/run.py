@@ -512,6 +512,22 @@ def _training_cost(name: str, net: nn.Module, crop: int, views: int, batch: int,
     seconds, memory = _step_cost(net, crop, lambda x: _total((forward or net)(x)))
     return Cost(name, seconds * views, memory * batch)
 
+# %% ../nbs/13b_run.ipynb #39e104ab
+def _boundary_cost(p: Profile, net: IRNet, images: int) -> Cost:
+    "IRNet: a view with confident labels in every corner, its pairs, and back; then a look at every image for the mean shift"
+    label = (torch.arange((p.irn_crop // 4)**2) % 2).view(1, p.irn_crop // 4, -1)     # (1,h,w)
+    loss = lambda x: irn_loss(*net(x), label.to(x.device), p.irn_radius, p.num_classes)["loss"]
+    learn = _training_cost("IRNet", net, p.irn_crop, p.irn_epochs * images, min(p.irn_batch, images), loss)
+    return learn._replace(seconds=learn.seconds * (1 + p.irn_displacement / (3 * p.irn_epochs)))
+
+
+# %% ../nbs/13b_run.ipynb #646426b4
+def _heads_cost(net: nn.Module, tried: Any, work: Any) -> Cost:
+    "Features of all images, from those of one; the heads themselves take seconds"
+    x, share = whole_image(tried.images[-1], None, net.stride)[None].to(next(net.parameters()).device), sum(h * w for h, w in work.sizes) / tried.images[-1][..., 0].size
+    with torch.no_grad(): seconds, memory, _ = measure(lambda: net.features(x), x.device)
+    return Cost("classifier", seconds * share, 2 * memory)
+
 # %% ../nbs/13b_run.ipynb #c0a5e007
 def _mask_costs(p: Profile, tried: Any, work: Any, refine: str, crf: bool, net: nn.Module | None) -> list[Cost]:
     "Masks of all images from those that were tried: CRF, IR labels, IRNet's looks at views, walks"
