@@ -100,10 +100,10 @@ photos: install ## AD-CAM from public networks on photographs with masks: make p
 # COUNTS=FOLDER reads what tools/voc_measure.py has counted, perhaps on a GPU; DATA=FOLDER CNN=FILE VIT=FILE count here first
 voc-public: OUT = results/voc
 voc-public: COUNTS ?= .cache/voc/counts
-voc-public: install ## Table 3 and Figures 4 to 6 on PASCAL VOC with public networks: make voc-public DATA=FOLDER CNN=FILE VIT=FILE (hours; 2 min from COUNTS=FOLDER)
+voc-public: install ## Tables 1 and 3 and Figures 4 to 6 on PASCAL VOC with public networks: make voc-public DATA=FOLDER CNN=FILE VIT=FILE (hours; 2 min from COUNTS=FOLDER)
 	@test -n "$(DATA)$(wildcard $(COUNTS)/*.npz)" || { echo "nothing to read: give COUNTS=FOLDER, or DATA=FOLDER CNN=FILE VIT=FILE (tools/weights/convert.py makes the files)" >&2; exit 1; }
 	test -z "$(DATA)" || $(PY) tools/voc_measure.py --data $(DATA) --cnn-weights $(CNN) --vit-weights $(VIT) --work .cache/voc --out $(COUNTS) all
-	for name in table3 fig4 fig5 fig6; do $(PAPER) $$name -p counts=$(abspath $(COUNTS)) --out $(OUT) || exit 1; done
+	for name in table3 fig4 fig5 fig6 table1; do $(PAPER) $$name -p counts=$(abspath $(COUNTS)) --out $(OUT) || exit 1; done
 
 # Conformer-S as published, VOC with SBD, GPUs: make voc DATA=FOLDER WEIGHTS=FILE WITH="--resnet timm --init timm --processes 8"
 # LIMIT=2 tries the way; ESTIMATE=1 only says the hours
@@ -132,7 +132,7 @@ bench: install ## measure speed ratios: results/mini/bench.json, and results/ben
 	$(PY) -m adcam.cli bench --out $(OUT)
 	n=0; for script in $(BENCHES); do n=$$((n + 1)); echo "$$n of $(words $(BENCHES)): $$script" >&2; OMP_NUM_THREADS=1 $(PY) $$script || exit 1; done
 
-bench-gpu: install ## speed and correctness on one GPU: results/bench/gpu.json (three minutes; ROWS=a,b takes only rows named so)
+bench-gpu: install ## speed and correctness on one GPU: results/bench/gpu.json (195 s at most; ROWS=a,b takes only rows named so)
 	$(PY) tools/bench/gpu.py $(if $(ROWS),--rows "$(ROWS)")
 
 course: install ## write the students' versions of the course's lessons

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['app', 'Data', 'Split', 'Images', 'Device', 'Precision', 'data_app', 'AnySize', 'Processes', 'Where', 'Network',
-           'Weights', 'CnnWeights', 'VitWeights', 'TrainingSeed', 'Coupled', 'OnlyEstimate', 'Anyway', 'irnet_app',
-           'Recipe', 'AllCores', 'SmallBackbone', 'Pair', 'segment_app', 'SegNet', 'SegProfile', 'Backbone', 'Pictures',
-           'Overlay', 'ClassesWanted', 'BothNames', 'Trained', 'ClassNames', 'Layers', 'Threshold', 'MaskFolder',
-           'MapFolder', 'main', 'version', 'scenes', 'Kind', 'Published', 'check', 'get', 'convert', 'weights',
-           'profile', 'seeds', 'seeds_check', 'seeds_merge', 'evaluate', 'show', 'Form', 'export_command',
-           'import_command', 'train', 'train_heads', 'train_cam_command', 'train_recam_command', 'irnet_labels',
-           'irnet_train', 'irnet_masks', 'crf', 'segment_train', 'segment_predict', 'whole_run', 'own_masks', 'explain',
-           'checkpoints', 'paper', 'bench']
+           'Weights', 'CnnWeights', 'VitWeights', 'TrainingSeed', 'Coupled', 'OnlyEstimate', 'Anyway', 'CnnName',
+           'ImageNet', 'irnet_app', 'Recipe', 'AllCores', 'SmallBackbone', 'Pair', 'segment_app', 'SegNet',
+           'SegProfile', 'Backbone', 'Pictures', 'Overlay', 'ClassesWanted', 'BothNames', 'Trained', 'ClassNames',
+           'Layers', 'Threshold', 'MaskFolder', 'MapFolder', 'main', 'version', 'scenes', 'Kind', 'Published', 'check',
+           'get', 'convert', 'weights', 'profile', 'seeds', 'seeds_check', 'seeds_merge', 'evaluate', 'show', 'Form',
+           'export_command', 'import_command', 'train', 'train_heads', 'train_cam_command', 'train_recam_command',
+           'train_seam_command', 'train_oaa_command', 'irnet_labels', 'irnet_train', 'irnet_masks', 'crf',
+           'segment_train', 'segment_predict', 'whole_run', 'own_masks', 'explain', 'checkpoints', 'paper', 'bench']
 
 # %% ../nbs/14_cli.ipynb #e9194bbd
 import contextlib
@@ -676,13 +676,25 @@ def train_heads(
             typer.echo(f"warning: {text}", err=True)
     _tell_skipped(skipped, len(ds) + len(skipped))
 
+# %% ../nbs/14_cli.ipynb #5e0b1c77
+CnnName = Annotated[str, typer.Option("--backbone", help="`cam_resnet50` (IRN's), `resnet_mini`, or the timm name of a CNN.")]
+ImageNet = Annotated[Optional[str], typer.Option(help="File of the backbone's ImageNet weights, or `timm` to download them; for resnet_mini not needed.")]
+
+def _new_cnn(backbone: str, classes: int, imagenet: Optional[str], detach_after: Optional[str]):
+    "A CAM network with a new classifier on pre-trained layers."
+    from adcam.cnn import CamNet, cam_resnet50, load_backbone, mini_path, resnet_mini
+    if backbone == "resnet_mini":
+        return load_backbone(resnet_mini(classes), imagenet or mini_path("pretrained"))
+    if backbone == "cam_resnet50":
+        return cam_resnet50(classes, weights=imagenet, detach_after=detach_after)
+    return CamNet(backbone, classes, weights=imagenet, detach_after=detach_after)
+
 # %% ../nbs/14_cli.ipynb #c41f36d7
 @app.command("train-cam")
 def train_cam_command(
     out: Annotated[Path, typer.Option(help="Folder for weights.safetensors, last.pt and log.jsonl.")],
     data: Data = "mini", split: Split = "train", n: Images = None,
-    backbone: Annotated[str, typer.Option(help="`cam_resnet50` (IRN's), `resnet_mini`, or the timm name of a CNN.")] = "cam_resnet50",
-    imagenet: Annotated[Optional[str], typer.Option(help="File of the backbone's ImageNet weights, or `timm` to download them; for resnet_mini not needed.")] = None,
+    backbone: CnnName = "cam_resnet50", imagenet: ImageNet = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the data.")] = 5,
     batch: Annotated[int, typer.Option(min=1, help="Images per step over all processes.")] = 16,
     lr_backbone: Annotated[float, typer.Option(help="Learning rate of the pre-trained layers.")] = 0.1,
@@ -696,16 +708,12 @@ def train_cam_command(
     from dataclasses import replace
     import torch
     from adcam.classifier import save_weights
-    from adcam.cnn import MINI_TRAIN, CamNet, SGDConfig, cam_resnet50, load_backbone, mini_path, resnet_mini, train_cam
+    from adcam.cnn import MINI_TRAIN, SGDConfig, train_cam
     ds, skipped = _dataset(data, split, n, masks=False, workers=workers)
     torch.manual_seed(seed)
-    if backbone == "resnet_mini":
-        net = load_backbone(resnet_mini(len(ds.classes)), imagenet or mini_path("pretrained"))
-        config = replace(MINI_TRAIN, epochs=epochs, batch=batch, seed=seed, workers=workers, mixed_precision=precision)
-    else:
-        make = cam_resnet50 if backbone == "cam_resnet50" else lambda k, **o: CamNet(backbone, k, **o)
-        net = make(len(ds.classes), weights=imagenet, detach_after=detach_after)
-        config = SGDConfig(epochs=epochs, batch=batch, lr_backbone=lr_backbone, lr_head=lr_head, seed=seed, workers=workers, mixed_precision=precision)
+    net = _new_cnn(backbone, len(ds.classes), imagenet, detach_after)
+    same = dict(epochs=epochs, batch=batch, seed=seed, workers=workers, mixed_precision=precision)
+    config = replace(MINI_TRAIN, **same) if backbone == "resnet_mini" else SGDConfig(lr_backbone=lr_backbone, lr_head=lr_head, **same)
     history = train_cam(net, ds, config, out=out, device=device)
     save_weights(net, out / "weights.safetensors")
     typer.echo(f"{len(history)} steps on {len(ds)} images, loss {history[-1]['loss']:.3f}; wrote {out / 'weights.safetensors'}")
@@ -741,6 +749,70 @@ def train_recam_command(
     typer.echo(f"{len(history)} steps, loss {history[0]['loss']:.3f} -> {history[-1]['loss']:.3f}; wrote {save_weights(model, out / 'weights.safetensors')}")
     _tell_learned(model, ds)
     _tell_skipped(skipped, len(ds) + len(skipped))
+
+# %% ../nbs/14_cli.ipynb #7b93d0e4
+@app.command("train-seam")
+def train_seam_command(
+    out: Annotated[Path, typer.Option(help="Folder for weights.safetensors, last.pt and log.jsonl.")],
+    weights: Weights = None, data: Data = "mini", split: Split = "train", n: Images = None,
+    network: Network = "resnet_mini",
+    epochs: Annotated[Optional[int], typer.Option(min=1, help="Passes over the data; 8, on Scenes 2 if not given.")] = None,
+    batch: Annotated[Optional[int], typer.Option(min=1, help="Images per step over all processes; 8, on Scenes 16 if not given.")] = None,
+    crop: Annotated[Optional[int], typer.Option(min=16, help="Side of a training view in pixels.")] = None,
+    head_only: Annotated[bool, typer.Option("--head-only", help="The network stands still, only the new head learns.")] = False,
+    seed: TrainingSeed = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that prepare views.")] = 0,
+    precision: Precision = "fp32", device: Device = "auto",
+) -> None:
+    "SEAM: go on training a CAM network so that maps follow the picture. Its weights are read by `adcam seeds --method seam`."
+    from dataclasses import replace
+    from adcam.baselines.seam import SEAM_MINI, SEAMConfig, train_seam
+    from adcam.classifier import save_weights
+    ds, skipped = _dataset(data, split, n, masks=False, workers=workers)
+    given = {name: value for name, value in dict(epochs=epochs, batch=batch, crop=crop).items() if value is not None}
+    config = replace(SEAM_MINI if data == "mini" else SEAMConfig(), **given, seed=seed, workers=workers, mixed_precision=precision)
+    model = _network(network, len(ds.classes), weights, seed)
+    history = train_seam(model, ds, config, head_only, out=out, device=device)
+    typer.echo(f"{len(history)} steps, loss {history[0]['loss']:.3f} -> {history[-1]['loss']:.3f}; wrote {save_weights(model, out / 'weights.safetensors')}")
+    _tell_learned(model, ds)
+    _tell_skipped(skipped, len(ds) + len(skipped))
+
+# %% ../nbs/14_cli.ipynb #c8f2a615
+@app.command("train-oaa")
+def train_oaa_command(
+    out: Annotated[Path, typer.Option(help="Folder for maps, seeds, and weights.safetensors of OAA+.")],
+    data: Data = "mini", split: Split = "train", n: Images = None,
+    backbone: CnnName = "cam_resnet50", imagenet: ImageNet = None,
+    epochs: Annotated[Optional[int], typer.Option(min=2, help="Passes of the classifier; 15, on Scenes 5 if not given. Maps are collected after each but the first.")] = None,
+    integral_epochs: Annotated[Optional[int], typer.Option(min=1, help="Passes of OAA+; 15, on Scenes 6 if not given.")] = None,
+    batch: Annotated[Optional[int], typer.Option(min=1, help="Images per step; 16, and 5 of OAA+ on photographs, if not given.")] = None,
+    crop: Annotated[Optional[int], typer.Option(min=16, help="Side of a training view in pixels.")] = None,
+    rule: Annotated[str, typer.Option(help="How maps are collected: max, caffe_max, caffe_ave or caffe_harm.")] = "max",
+    detach_after: Annotated[str, typer.Option(help="Last layer that is not trained: layer2 (IRN), bn1.")] = "layer2",
+    seed: TrainingSeed = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that prepare views.")] = 0,
+    precision: Precision = "fp32", device: Device = "auto",
+) -> None:
+    "OAA: collect the maps of a classifier while it learns, and train a network on them (OAA+). A run that was stopped continues."
+    from dataclasses import replace
+    import torch
+    from adcam.baselines.oaa import INTEGRAL_MINI, IntegralConfig, oaa_seeds, train_integral, train_oaa
+    from adcam.classifier import save_weights
+    from adcam.cnn import MINI_TRAIN, SGDConfig
+    ds, skipped = _dataset(data, split, n, masks=False, workers=workers)
+    given, same = lambda **o: {name: v for name, v in o.items() if v is not None}, dict(seed=seed, workers=workers)
+    first, second = (MINI_TRAIN, INTEGRAL_MINI) if backbone == "resnet_mini" else (SGDConfig(epochs=15), IntegralConfig())
+    def start():
+        torch.manual_seed(seed)
+        return _new_cnn(backbone, len(ds.classes), imagenet, detach_after if backbone == "cam_resnet50" else None)
+    history = train_oaa(net := start(), ds, replace(first, **given(epochs=epochs, batch=batch, crop=crop), **same, mixed_precision=precision), out / "maps", out / "classifier", rule, device=device)
+    typer.echo(f"classifier: {len(history)} steps, loss {history[0]['loss']:.3f} -> {history[-1]['loss']:.3f}")
+    _tell_learned(net, ds)
+    done = oaa_seeds(ds, out / "maps", out / "seeds")
+    typer.echo(f"{done['computed']} seeds of collected maps: {out / 'seeds'}")
+    history = train_integral(net := start(), ds, out / "maps", replace(second, **given(epochs=integral_epochs, batch=batch, crop=crop), **same), out / "integral", device=device)
+    typer.echo(f"OAA+: {len(history)} steps, loss {history[0]['loss']:.3f} -> {history[-1]['loss']:.3f}; wrote {save_weights(net, out / 'weights.safetensors')}")
+    _tell_skipped([*skipped, *done["skipped"]], len(ds) + len(skipped))
 
 # %% ../nbs/14_cli.ipynb #9f190386
 irnet_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="From seeds to pseudo masks: IR labels, IRNet, random walk.")
@@ -1173,8 +1245,7 @@ def own_masks(
     typer.echo(f"labels: {done.opened.table}" + (f"; not in --classes: {', '.join(done.opened.ds.left_out)}" if done.opened.ds.left_out else ""))
     if done.opened.nothing:
         typer.echo(f"nothing was found in {len(done.opened.nothing)} photographs, first {done.opened.nothing[0]}: write their classes into {out / 'labels.csv'} and run again", err=True)
-    if only_estimate:
-        return
+    if only_estimate: return
     typer.echo(f"wrote {done.count} masks: {done.folder}  (0 background, " + ", ".join(f"{k} {c}" for k, c in enumerate(done.classes, 1)) + ")")
     part = f" --limit {limit}" if limit else ""
     masks, photographs, page = (shlex.quote(str(x)) for x in (done.folder, folder, out / "page.html"))

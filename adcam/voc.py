@@ -7,7 +7,7 @@ __all__ = ['BLOCKS', 'WHY', 'CODE', 'GIVEN', 'Plan', 'plan_dict', 'as_plan', 'sh
            'count_maps', 'score_counts', 'attention_numbers', 'Source', 'Workers', 'check_photographs', 'count_list',
            'merge_chunks', 'best_thresholds', 'list_rows', 'Counts', 'load_counts', 'other_list', 'counts_rows',
            'ledger', 'photograph_rows', 'median_photographs', 'why_rows', 'recipe', 'train_one', 'save_counts',
-           'count_both', 'spread_part', 'counting_seconds', 'training_seconds', 'Counted', 'count_photographs',
+           'count_both', 'spread_part', 'counting_seconds', 'training_seconds', 'Measured', 'count_photographs',
            'counts_for', 'file_names']
 
 # %% ../nbs/13e_voc.ipynb #c6e87c9d
@@ -616,7 +616,7 @@ def training_seconds(
     return (time.perf_counter() - began) * config.epochs * math.ceil(len(ds) / config.batch)
 
 # %% ../nbs/13e_voc.ipynb #9c6b0e51
-class Counted(NamedTuple):
+class Measured(NamedTuple):
     "What a figure notebook reads"
     folder: Path            # of counts, for `load_counts`
     source: Source | None   # the networks; None where the counts come from elsewhere
@@ -649,7 +649,7 @@ def count_photographs(
     work: str | Path | None = None,  # folder of networks, chunks and counts; None: in the cache
     chunk: int = 40,                 # photographs per file
     **changes,                       # of `recipe`, for training
-) -> Counted:                        # counts and networks
+) -> Measured:                        # counts and networks
     "Photographs to counts: says what it will cost, goes on where it was stopped, trains what is not given."
     files, names = tuple(f.strip() for f in weights.split(",") if f.strip()), [n.strip() for n in lists.split(",")]
     if len(names) != 2: raise ValueError(f"lists is {lists!r}; name the list that is reported and the one that chooses thresholds, such as val,train_2007")
@@ -668,7 +668,7 @@ def count_photographs(
         left = _left(one, parts, work, chunk)
         if n := sum(map(len, left.values())): print(f"counting {n:,} of {sum(map(len, parts.values())):,} photographs: about {duration(sum(counting_seconds(one, parts[p], i) for p, i in left.items() if i) / processes)}", flush=True)
     with Workers(source, plan, processes, where) as workers: count_both(workers, parts, work, out, seeds, about=about, chunk=chunk)
-    return Counted(out, source)
+    return Measured(out, source)
 
 # %% ../nbs/13e_voc.ipynb #6f27e276
 GIVEN = ("network", "weights", "cnn_weights", "vit_weights", "lists", "limit", "saw", "processes")
@@ -676,10 +676,10 @@ GIVEN = ("network", "weights", "cnn_weights", "vit_weights", "lists", "limit", "
 def counts_for(
     settings: dict,        # parameters of a figure notebook
     alone: bool = False,   # may `data` be given without a network?
-) -> Counted | None:       # None: on Scenes
+) -> Measured | None:       # None: on Scenes
     "The counts that a figure notebook reads: those of its parameter `counts`, or of `data` and `network`, counted now"
     given, data = {n: settings[n] for n in GIVEN if n in settings}, settings["data"] if settings["data"] != "mini" else ""
-    if settings["counts"]: return Counted(Path(settings["counts"]), None)
+    if settings["counts"]: return Measured(Path(settings["counts"]), None)
     named = bool(given["network"] or given["weights"])
     if named and not data: raise ValueError("a network is named, but no photographs: give data=FOLDER, in PASCAL VOC layout with masks, or counts=FOLDER")
     if not named and data and not alone: raise ValueError("photographs are given, but no network: give network=CNN+VIT (and cnn_weights, vit_weights), weights of a trained one, or counts=FOLDER")

@@ -7,7 +7,7 @@ __all__ = ['BASELINES', 'ROWS', 'spread_order', 'Branch', 'cam_network', 'Effort
            'Baseline', 'oaa', 'row_map', 'do_chunk', 'walk_chunk', 'rounds', 'measure', 'Counted', 'read_counts',
            'lead_interval', 'baseline_rows']
 
-# %% ../nbs/13j_voc_baselines.ipynb #f5ac4804
+# %% ../nbs/13j_voc_baselines.ipynb #6b54ce17
 import copy, json, math, time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from .baselines.recam import ReCAMConfig, add_recam_head, class_vectors, load_re
 from .baselines.rib import rib_views
 from .baselines.score_cam import score_cam_views
 from .baselines.seam import SEAMConfig, load_seam, pcm_views, seam_views, train_seam
-from .branches import TwoBranch, _to_grid
+from .branches import TwoBranch
 from .classifier import HeadsConfig, PolySGD, TrainConfig, fit, save_weights, train_heads
 from .cnn import CamNet, CamTask, class_features, class_weights, load_cam
 from .data import Subset
@@ -188,11 +188,11 @@ def _train_integral(desk: Desk, path: Path) -> dict:
     save_weights(net, path)
     return dict(photographs=len(desk.learn), steps=len(history), first=round(history[0]["loss"], 3), last=round(history[-1]["loss"], 3))
 
-# %% ../nbs/13j_voc_baselines.ipynb #19b61fbc
+# %% ../nbs/13j_voc_baselines.ipynb #f3b98cb8
 def _train_getam_head(desk: Desk, path: Path) -> dict:
-    "A linear classifier on the ViT, from each photograph once"
+    "A linear classifier on the ViT, from each photograph once, at a third of the tokens"
     pair = copy.deepcopy(desk.pair)
-    history = train_heads(pair, desk.learn, HeadsConfig(batch=1), progress=False)
+    history = train_heads(pair, desk.learn, HeadsConfig(size=336, batch=1), progress=False)
     save_weights(pair.trans_cls_head, path)
     return dict(photographs=len(desk.learn), steps=len(history), last=round(history[-1]["trans"], 4))
 
@@ -266,7 +266,7 @@ def _psa_maps(desk: Desk, sample: Any, keys: list) -> Tensor:
     high = upsample(row_map(desk, "CAM", sample)[None], size)[0].cpu().numpy()               # (n,H,W)
     return torch.from_numpy(psa_shares(psa_walk(high, affinity_features(net, sample.image), net.stride), size, net.stride))
 
-# %% ../nbs/13j_voc_baselines.ipynb #201c705e
+# %% ../nbs/13j_voc_baselines.ipynb #e786896f
 def _trained(name: str, what: str) -> Callable:
     "The sentence of a row that was trained"
     def said(desk):
@@ -283,7 +283,7 @@ BASELINES = (
     Baseline("OAA", _oaa_maps, _trained("oaa", "maps accumulated while a new classifier learns"), few=False),
     Baseline("OAA+", lambda d, s, k: _integral(d).maps(view(s.image, 1., d.pair.stride).to(d.device)).cam[0, k].relu(), _trained("integral", "a network on the accumulated maps"), few=False),
     Baseline("CAM + PSA", _psa_maps, _trained("affinity", "AffinityNet on the CNN's stages, labels of CAM")),
-    Baseline("GETAM", lambda d, s, k: getam_views(_getam(d), s.image, k)[0], _trained("getam", "gradients of a linear head on the frozen ViT, no training by them, no saliency; PAMR as published")),
+    Baseline("GETAM", lambda d, s, k: getam_views(_getam(d), s.image, k)[0], _trained("getam", "gradients of a linear head on the frozen ViT; neither trained end to end nor with saliency; PAMR as published")),
     Baseline("AdvCAM", lambda d, s, k: advcam_views(_cnn(d), s.image, k, iterations=d.effort.advcam)[0], lambda d: f"{d.effort.advcam} maps of one scale without mirror images (27 of each of four scales with them)"),
     Baseline("Score-CAM", lambda d, s, k: score_cam_views(_cnn(d), s.image, k, channels=d.effort.channels, group=1)[0], lambda d: f"the {d.effort.channels} channels with the largest variance (all 1,280), softmax over channels of the logit"),
     Baseline("RIB", lambda d, s, k: rib_views(_cnn(d), s.image, k, others=d.learn, batch=d.effort.rib_others, crop=d.effort.rib_crop, steps=d.effort.rib_steps)[0],
@@ -291,7 +291,7 @@ BASELINES = (
 )
 ROWS = {b.name: b for b in BASELINES}
 
-# %% ../nbs/13j_voc_baselines.ipynb #8ffad260
+# %% ../nbs/13j_voc_baselines.ipynb #0a4eec26
 def row_map(
     desk: Desk,        # networks and photographs
     name: str,         # a row, one of `ROWS`
@@ -301,7 +301,8 @@ def row_map(
     keys, size = np.flatnonzero(sample.label).tolist(), sample.image.shape[:2]
     maps = ROWS[name].maps(desk, sample, keys).detach().float()
     if name == "CAM + PSA": return maps                                       # shares: their scale has a meaning
-    if tuple(maps.shape[1:]) != size: maps = _to_grid(maps[None], desk.pair.grid(view(sample.image, 1., desk.pair.stride).shape[2:]))[0]
+    grid = desk.pair.grid(view(sample.image, 1., desk.pair.stride).shape[2:])
+    if tuple(maps.shape[1:]) not in (size, grid): maps = F.interpolate(maps[None], grid, mode="bilinear", align_corners=False, antialias=maps.shape[1] > grid[0])[0]
     return maps / maps.amax((-2, -1), keepdim=True).clamp_min(1e-12)
 
 # %% ../nbs/13j_voc_baselines.ipynb #7471afde
@@ -330,7 +331,7 @@ def do_chunk(
     atomic_write(path, lambda f: np.savez_compressed(f, **out))
     return time.process_time() - began
 
-# %% ../nbs/13j_voc_baselines.ipynb #3292b8f2
+# %% ../nbs/13j_voc_baselines.ipynb #a09faa73
 @torch.no_grad()
 def walk_chunk(
     desk: Desk,      # networks and photographs
@@ -345,10 +346,10 @@ def walk_chunk(
     where = {n: i for i, n in enumerate(ds.ids)}
     with np.load(seeds) as z: maps = {n[:-4]: z[n].astype(np.float32) for n in z.files if n.endswith("/map")}
     for name, m in maps.items():
-        start, sample = time.process_time(), ds[where[name]]
+        sample = ds[where[name]]
         size, edge = sample.image.shape[:2], desk.once(f"edge of {name}", lambda: edge_map(net, sample.image))
         walked = upsample_walk(random_walk(merge([torch.from_numpy(m)], size)[0].numpy(), edge), size)      # (n,H,W)
-        out |= {f"{name}/{n}": v for n, v in (_counted(torch.from_numpy(walked), sample) | dict(seconds=np.array(time.process_time() - start))).items()}
+        out |= {f"{name}/{n}": v for n, v in _counted(torch.from_numpy(walked), sample).items()}
     atomic_write(path, lambda f: np.savez_compressed(f, **out))
     return time.process_time() - began
 
@@ -389,14 +390,14 @@ def measure(
         if todo: report(f"{row}, {name}, {len(indices)} photographs: {spent:.0f} CPU s")
     return missing
 
-# %% ../nbs/13j_voc_baselines.ipynb #b3867d66
+# %% ../nbs/13j_voc_baselines.ipynb #b0eb2646
 class Counted(NamedTuple):
     "Counts of photographs: index 0 of tp and pred is the background"
     ids: list            # n names
     tp: np.ndarray       # (n,K+1,T)
     pred: np.ndarray     # (n,K+1,T)
     gt: np.ndarray       # (n,K+1)
-    seconds: np.ndarray  # (n,) CPU seconds of each
+    seconds: np.ndarray  # (n,) CPU seconds of each map; NaN for walks, whose boundaries are shared by all rows
 
 def read_counts(
     folder: Path,       # of a row's files
@@ -412,7 +413,7 @@ def read_counts(
                 index, full = np.concatenate([[0], np.flatnonzero(ds.label(where[photo])) + 1]), np.zeros((2, K + 1, len(THRESHOLDS)), np.int64)
                 full[:, index] = z[f"{photo}/tp"], z[f"{photo}/pred"]
                 if f"{photo}/gt" in z.files: truth[photo] = z[f"{photo}/gt"]
-                found[photo] = full[0], full[1], truth[photo], float(z[f"{photo}/seconds"])
+                found[photo] = full[0], full[1], truth[photo], float(z[f"{photo}/seconds"]) if f"{photo}/seconds" in z.files else math.nan
     return Counted(list(found), *map(np.stack, zip(*found.values()))) if found else None
 
 # %% ../nbs/13j_voc_baselines.ipynb #55cbaef1
@@ -440,7 +441,7 @@ def lead_interval(
         return np.nanmean(np.divide(tp, union, out=np.full(union.shape, np.nan), where=union > 0), -1)
     return tuple(float(q) for q in np.quantile(miou(a, ta) - miou(b, tb), (.025, .975)))
 
-# %% ../nbs/13j_voc_baselines.ipynb #92187ec2
+# %% ../nbs/13j_voc_baselines.ipynb #4f65e1a3
 def baseline_rows(
     desk: Desk,        # with the work folder
     rows: list[str] = tuple(ROWS),  # names
@@ -449,13 +450,14 @@ def baseline_rows(
     kept, out, truth = ("miou", "fp", "fn", "iou_bg", "f1", "pixel_accuracy"), [], {}
     seen = {(r, n, kind): read_counts(desk.work / kind / ROWS[r].folder, ds, n, truth) for kind in ("rows", "walks") for r in dict.fromkeys(("CAM", *rows)) for n, ds in desk.lists.items()}
     for (row, kind), (name, other) in ((rk, pair) for rk in ((r, k) for k in ("rows", "walks") for r in rows) for pair in (tuple(desk.lists), tuple(desk.lists)[::-1])):
-        c, o = seen[row, name, kind], seen[row, other, kind]
-        if c is None or o is None: continue
-        cam, cam_o = (_of(seen["CAM", n, "rows" if row == "CAM + PSA" else kind], v.ids) for n, v in ((name, c), (other, o)))
+        pairs = [(seen[row, n, kind], seen["CAM", n, "rows" if row == "CAM + PSA" else kind]) for n in (name, other)]
+        if any(v is None for both in pairs for v in both): continue
+        (c, cam), (o, cam_o) = ([_of(v, [i for i in both[0].ids if i in both[1].ids]) for v in both] for both in pairs)
+        if not (c.ids and o.ids): continue
         best = lambda v: int(_total(v)["miou"].argmax())
         for rule, t, tc in (("oracle", best(c), best(cam)), ("fixed", best(o), best(cam_o))):
             low, high = lead_interval(c, cam, t, tc)
             s, base = _total(c), float(_total(cam)["miou"][tc])
             out.append(dict(row=row, column="pseudo" if kind == "walks" or row == "CAM + PSA" else "seed", split=name, n=len(c.ids), n_other=len(o.ids), rule=rule, t=THRESHOLDS[t], **{v: float(s[v][t]) for v in kept},
-                            cam=base, lead=float(s["miou"][t]) - base, lead_low=low, lead_high=high, seconds=round(float(np.median(c.seconds)), 3), setting=ROWS[row].said(desk)))
+                            cam=base, lead=float(s["miou"][t]) - base, lead_low=low, lead_high=high, seconds=round(float(np.median(c.seconds)), 3) if kind == "rows" else None, setting=ROWS[row].said(desk)))
     return out

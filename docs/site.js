@@ -5,13 +5,20 @@ window.addEventListener("load", () => {
   if (here && pane) pane.scrollTop = here.offsetTop - pane.clientHeight / 3;
 
   // who comes from the search is led to the heading with the word, or to the word, and not to the top of a long page
-  const article = document.querySelector("article"), found = article && (article.querySelector(":is(h2, h3, h4) .highlighted") || article.querySelector(".highlighted"));
-  if (found && !location.hash) {
-    const lead = () => { if (window.scrollY === at) { found.scrollIntoView({ block: "start" }); window.scrollBy(0, -80); at = window.scrollY; } };
+  const article = document.querySelector("article");
+  const arrive = (tries) => {
+    const found = article.querySelector(":is(h2, h3, h4) .highlighted") || article.querySelector(".highlighted");
+    if (!found) return tries && setTimeout(arrive, 100, tries - 1);  // words are marked a moment later
     let at = window.scrollY;
+    const lead = () => {
+      if (window.scrollY !== at) return;  // the reader has moved on
+      window.scrollTo({ top: at + found.getBoundingClientRect().top - 70, behavior: "instant" });
+      at = window.scrollY;
+    };
     lead();
     window.MathJax?.startup?.promise?.then(lead);  // equations have moved it
-  }
+  };
+  if (article && !location.hash) arrive(10);
 
   // a figure that was made smaller to fit opens at its size
   for (const img of article?.querySelectorAll("img") ?? []) {

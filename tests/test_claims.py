@@ -14,7 +14,8 @@ COMMITTED = ROOT / "results/claims"
 def run_notebook(out, **parameters):
     env = dict(os.environ, ADCAM_CACHE=str(out / "cache"), OMP_NUM_THREADS="1")
     given = [w for n, v in dict(parameters, out_dir=out).items() for w in ("-p", n, str(v))]
-    run = subprocess.run([sys.executable, "-m", "papermill", "-k", "python3", "--no-progress-bar", str(ROOT / "nbs/paper/claims.ipynb"), str(out / "run.ipynb"), *given],
+    run = subprocess.run([sys.executable, "-m", "papermill", "-k", "python3", "--no-progress-bar", str(ROOT / "nbs/paper/claims.ipynb"),
+                          str(out / "run.ipynb"), *given],
                          capture_output=True, text=True, env=env, cwd=out)
     assert run.returncode == 0, run.stderr[-3000:]
     return load_result("claims", out)
@@ -29,7 +30,8 @@ def line_of(body, words):
 def invented(tmp_path_factory):
     "Three seeds of photographs on which AD-CAM gains 5 points, TS-CAM loses 5, and raw diffusion does this and that; no Scenes"
     top = tmp_path_factory.mktemp("claims")
-    row = lambda seed, method, direction, miou, k=0: dict(split="val", n=9, seed=seed, vit="frozen", blocks="all", method=method, k=k, steps=2 if direction else 0, direction=direction,
+    row = lambda seed, method, direction, miou, k=0: dict(split="val", n=9, seed=seed, vit="frozen", blocks="all", method=method, k=k,
+                                                          steps=2 if direction else 0, direction=direction,
                                                           rule="fixed", t=.5, miou=miou, fp=.3, fn=.2)
     rows = []
     for seed, wobble in enumerate((-.02, 0., .02)):
@@ -41,7 +43,9 @@ def invented(tmp_path_factory):
     return run_notebook(top / "out", scenes=top / "nothing", voc=top / "voc")
 
 
-@pytest.mark.parametrize("words,expected", [("AD-CAM over CAM of the same network", "confirmed"), ("TS-CAM over CAM, mIoU", "contradicted"), ("raw attention is no better than CAM", "not seen"),
+@pytest.mark.parametrize("words,expected",
+                         [("AD-CAM over CAM of the same network", "confirmed"), ("TS-CAM over CAM, mIoU", "contradicted"),
+                          ("raw attention is no better than CAM", "not seen"),
                                             ("AD-CAM has fewer false positives than CAM", "not seen")])
 def test_a_difference_gets_the_verdict_of_its_rule(invented, words, expected):
     assert line_of(invented, words)["verdict"] == expected

@@ -42,7 +42,8 @@ print(json.dumps(told))
 @pytest.fixture(scope="module")
 def runs():
     "Every lesson and every student's version from the first cell to the last, in two processes side by side."
-    started = [subprocess.Popen([sys.executable, "-c", RUN, *map(str, paths)], cwd=ROOT, env={**os.environ, "IN_TEST": "1"}, stdout=subprocess.PIPE, text=True) for paths in ([course.COURSE / "checks.ipynb", *LESSONS], STUDENTS)]
+    started = [subprocess.Popen([sys.executable, "-c", RUN, *map(str, paths)], cwd=ROOT, env={**os.environ, "IN_TEST": "1"}, stdout=subprocess.PIPE,
+                                text=True) for paths in ([course.COURSE / "checks.ipynb", *LESSONS], STUDENTS)]
     outputs = [p.communicate()[0] for p in started]
     assert not any(p.returncode for p in started)
     return {path: cells for out in outputs for path, cells in json.loads(out).items()}
@@ -93,7 +94,8 @@ def test_every_exercise_keeps_two_wrong_answers(path):
 def test_lesson_has_its_parts(path):
     cells = course.read(path)["cells"]
     text = "\n".join(course.source(c) for c in cells if c["cell_type"] == "markdown")
-    for part in ("**After these 45 minutes you can**", "**You need**", "## Open question", "## Quiz", "## A project for two weeks"): assert text.count(part) == 1
+    for part in ("**After these 45 minutes you can**", "**You need**", "## Open question", "## Quiz", "## A project for two weeks"):
+        assert text.count(part) == 1
     assert sum(int(m) for m in re.findall(r"^\| (\d+) \|", text, re.M)) == 45
     assert 3 <= len(checks_of(path)) <= 6
     assert text.count("<details><summary>Answer</summary>") == len(re.findall(r"^\*\*\d\.\*\*", text, re.M)) >= 4
@@ -180,10 +182,13 @@ def graded(tmp_path_factory):
     "{(submission, exercise): row} and the exit code, for a folder of good and bad submissions."
     folder = tmp_path_factory.mktemp("submissions")
     files = {"anna/good.ipynb": solved(2), "bad.ipynb": answered(
-        STUDENTS[1], one_matrix="def one_matrix(attn):\n    while True:\n        try: pass\n        except: pass", similarity="def similarity(A): return A[0] / 0",
+        STUDENTS[1], one_matrix="def one_matrix(attn):\n    while True:\n        try: pass\n        except: pass",
+        similarity="def similarity(A): return A[0] / 0",
         refined="def refined(A, S, k)\n    return A", push="def push(m, A, T): return A", pull="import os\nos._exit(3)"),
-        "cheat.ipynb": answered(STUDENTS[1], one_matrix="def one_matrix(attn): return attn[0]\ncheck_one_matrix = print", check_similarity="print('right')", similarity="raise KeyError('x')")}
-    del files["cheat.ipynb"]["cells"][next(i for i, c in enumerate(files["cheat.ipynb"]["cells"]) if "check_push(" in course.source(c) and "check" in course.tags(c))]
+        "cheat.ipynb": answered(STUDENTS[1], one_matrix="def one_matrix(attn): return attn[0]\ncheck_one_matrix = print",
+                                check_similarity="print('right')", similarity="raise KeyError('x')")}
+    del files["cheat.ipynb"]["cells"][next(i for i, c in enumerate(files["cheat.ipynb"]["cells"]) if "check_push(" in course.source(c)
+                                           and "check" in course.tags(c))]
     for name, nb in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(json.dumps(nb))
@@ -211,7 +216,8 @@ def test_each_fault_has_its_line_and_the_rest_is_graded(graded, exercise, result
 
 
 @pytest.mark.parametrize("exercise, result, remark", [
-    ("2.1", "wrong", ""), ("2.2", "error", "check cell was changed; the original was used"), ("2.3", "empty", ""), ("2.4", "empty", "check cell was removed; the original was used")])
+    ("2.1", "wrong", ""), ("2.2", "error", "check cell was changed; the original was used"), ("2.3", "empty", ""),
+    ("2.4", "empty", "check cell was removed; the original was used")])
 def test_checks_of_a_submission_are_not_trusted(graded, exercise, result, remark):
     row = graded[0]["cheat.ipynb", exercise]
     assert (row["result"], row["remark"]) == (result, remark)
@@ -224,7 +230,8 @@ def test_what_cannot_be_read_is_named_and_reported(graded, name, message):
     assert rc == 1 and rows[name, ""]["result"] == "unreadable" and message in rows[name, ""]["message"]
 
 
-@pytest.mark.parametrize("arguments, says", [(["nowhere"], "nowhere is no folder"), (["."], "holds no .ipynb file"), ([".", "--cell-seconds", "0"], "must be above 0")])
+@pytest.mark.parametrize("arguments, says",
+                         [(["nowhere"], "nowhere is no folder"), (["."], "holds no .ipynb file"), ([".", "--cell-seconds", "0"], "must be above 0")])
 def test_a_wrong_call_ends_with_2(arguments, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="2"): grade.main(arguments)
@@ -237,10 +244,11 @@ def test_a_wrong_call_ends_with_2(arguments, says, tmp_path, monkeypatch, capsys
 def decks(tmp_path_factory):
     "Slides, with empty files in place of the two packages."
     folder = tmp_path_factory.mktemp("slides")
-    for name in ("reveal/dist/reveal.js", "reveal/plugin/notes/notes.js", "mathjax/es5/tex-chtml-full.js"):
+    for name in ("reveal/dist/reveal.js", "reveal/dist/theme/simple.css", "reveal/plugin/notes/notes.js", "mathjax/es5/tex-chtml-full.js"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text("")
+        (folder / name).write_text("@import url(https://fonts.example.org/css?family=Lato:400,700);\nbody { color: #222 }\n" if name.endswith("css") else "")
     assert course.slides(folder / "out", folder / "reveal", folder / "mathjax") == 0
+    assert (folder / "out/reveal.js/dist/theme/simple.css").read_text() == "\nbody { color: #222 }\n"  # no font from elsewhere
     return {p.stem: p.read_text() for p in (folder / "out").glob("*.html")}
 
 

@@ -55,7 +55,8 @@ def build():
 @needs_sphinx
 def test_every_notebook_and_module_has_a_page(site):
     pages = {p.relative_to(site).with_suffix("").as_posix() for p in site.rglob("*.html")}
-    notebooks = {p.relative_to(ROOT).with_suffix("").as_posix() for p in (ROOT / "nbs").rglob("*.ipynb") if not {".ipynb_checkpoints", "student"} & set(p.parts)}
+    notebooks = {p.relative_to(ROOT).with_suffix("").as_posix() for p in (ROOT / "nbs").rglob("*.ipynb")
+                 if not {".ipynb_checkpoints", "student"} & set(p.parts)}
     modules = {"api/" + ".".join(p.relative_to(ROOT).with_suffix("").parts) for p in (ROOT / "adcam").rglob("*.py") if not p.name.startswith("_")}
     assert notebooks - {"nbs/index"} <= pages and modules <= pages and {"index", "DEPARTURES", "search", "genindex"} <= pages
 
@@ -67,7 +68,8 @@ def test_every_public_name_is_described(site):
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
         names = re.search(r"__all__ = (\[.*?\])", path.read_text(), re.S)
         page = (site / f"api/{module}.html").read_text()
-        assert not [n for n in json.loads(names[1].replace("'", '"')) if f'id="{module}.{n}"' not in page and f'<span class="pre">{n}</span></code>: from' not in page]
+        assert not [n for n in json.loads(names[1].replace("'", '"')) if f'id="{module}.{n}"' not in page
+                    and f'<span class="pre">{n}</span></code>: from' not in page]
 
 
 @needs_sphinx
@@ -92,6 +94,14 @@ def test_page_shows_no_directive_and_no_hidden_cell(site):
     assert "#|" not in text and "default_exp" not in text
 
 
+@needs_sphinx
+@pytest.mark.parametrize("lesson", [1, 6])
+def test_an_exercise_is_shown_with_its_blank_before_its_solution(site, lesson):
+    asked = (ROOT / f"nbs/course/student/lesson{lesson}.ipynb").read_text().count("# your code")
+    page = (site / f"nbs/course/lesson{lesson}.html").read_text()
+    assert page.count("# your code") == asked and page.index("# your code") < page.index("a solution, after you have tried")
+
+
 def test_dead_links_and_foreign_files_are_found(build, tmp_path):
     (tmp_path / "a.html").write_text('<p id="x"><a href="b.html">1</a> <a href="#y">2</a> <a href="#x">3</a> <a href="/c">4</a> <script src="https://example.org/s.js"></script>')
     assert sorted(f.split()[1] for f in build.faults(tmp_path)) == ["#y", "/c", "b.html", "loads"]
@@ -100,7 +110,8 @@ def test_dead_links_and_foreign_files_are_found(build, tmp_path):
 def test_long_exported_cells_are_folded_and_hidden_ones_left_out(build, tmp_path):
     import nbformat
     code = nbformat.v4.new_code_cell
-    cells = [nbformat.v4.new_markdown_cell("# T\n\n> p"), code("#| default_exp x"), code("#| hide\nsecret"), code("#| export\ndef f():\n" + "    1\n" * 30), code("#| export\ndef g(): 1")]
+    cells = [nbformat.v4.new_markdown_cell("# T\n\n> p"), code("#| default_exp x"), code("#| hide\nsecret"),
+             code("#| export\ndef f():\n" + "    1\n" * 30), code("#| export\ndef g(): 1")]
     (build.ROOT / ".cache").mkdir(exist_ok=True)
     path = build.ROOT / ".cache/folding_test.ipynb"
     try:
@@ -161,6 +172,14 @@ def test_what_is_pull(page, address):
     first.click()
     page.wait_for_load_state()
     assert "Pull" in page.locator("#push-and-pull").inner_text()
+    page.wait_for_function("(top => top >= 0 && top < innerHeight / 3)(document.querySelector('#push-and-pull').getBoundingClientRect().top)")  # on the screen, not below it
+
+
+@needs_sphinx
+@needs_browser
+def test_navigation_shows_where_one_is(page, address):
+    page.goto(address + "nbs/course/lesson5.html")
+    page.wait_for_function("(r => r.top > 0 && r.bottom < innerHeight)(document.querySelector('.sidebar-tree .current-page').getBoundingClientRect())")
 
 
 @needs_sphinx
@@ -205,7 +224,8 @@ def test_phone(page, address):
 
 def test_binder_installs_the_checkout_in_the_tested_versions():
     assert lines("binder/requirements.txt") == ["--extra-index-url https://download.pytorch.org/whl/cpu", "-c ../constraints.txt", "-e .[notebooks]"]
-    assert lines("binder/runtime.txt") == ["python-" + ".".join(lines("environment.yml") and re.search(r"python>=(\d+\.\d+)", (ROOT / "environment.yml").read_text())[1].split("."))]
+    assert (lines("binder/runtime.txt")
+            == ["python-" + ".".join(lines("environment.yml") and re.search(r"python>=(\d+\.\d+)", (ROOT / "environment.yml").read_text())[1].split("."))])
     assert (ROOT / "binder/postBuild").stat().st_mode & stat.S_IXUSR
 
 
@@ -227,7 +247,8 @@ def test_every_import_of_a_notebook_is_installed_in_binder():
             source = "".join(cell["source"])
             if cell["cell_type"] != "code" or re.search(r"^[%!]", source, re.M) or "importorskip" in source: continue
             for node in ast.walk(ast.parse(source)):
-                roots = [a.name.split(".")[0] for a in node.names] if isinstance(node, ast.Import) else [node.module.split(".")[0]] if isinstance(node, ast.ImportFrom) and not node.level else []
+                roots = [a.name.split(".")[0]
+                         for a in node.names] if isinstance(node, ast.Import) else [node.module.split(".")[0]] if isinstance(node, ast.ImportFrom) and not node.level else []
                 for root in set(roots) - known: missing.setdefault(root, set()).add(path.name)
     assert not missing
 

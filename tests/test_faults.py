@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from adcam.data import (COCO2014, check_agreement, check_id, chosen, class_names, coco2014, disagreements, folder, image_of, label_of, mask_of, open_data, read_coco, read_image,
+from adcam.data import (COCO2014, check_agreement, check_id, chosen, class_names, coco2014, disagreements, folder, image_of, label_of, mask_of,
+                        open_data, read_coco, read_image,
                         read_list, read_mask, skipped_report, usable)
 from adcam.photo import explain, read_photo
 from adcam.seeds import Seed, check_seed, check_seeds, extract_dataset, load_seed, save_seed
@@ -95,7 +96,8 @@ def test_reasons_of_an_earlier_stage_are_told_again_and_a_gap_is_an_error(zoo, t
     ds, out = folder(zoo, masks="masks"), tmp_path / "seeds"
     seeds_of(ds, out)
     (out / "q.npz").unlink()
-    with pytest.raises(FileNotFoundError, match="lacks 1 of 4 seeds, first q.npz; run it again"): chosen(ds, classes=True, files=out, suffix=".npz", complete="run it again")
+    with pytest.raises(FileNotFoundError, match="lacks 1 of 4 seeds, first q.npz; run it again"):
+        chosen(ds, classes=True, files=out, suffix=".npz", complete="run it again")
     write_report(out, (0, 1), [("q", "q.png is one pixel high")], ["r"])
     picked = chosen(ds, classes=True, files=out, suffix=".npz", complete="run it again")
     assert (picked.ds.ids, picked.skipped, picked.unlabeled) == (["p", "s"], [("q", "q.png is one pixel high")], ["r"])
@@ -112,9 +114,11 @@ def test_the_whole_chain_leaves_out_the_same_images_and_says_so(zoo, weights, tm
     assert code == 1 and "2 labels computed" in said and "s: the image is 8x4004 pixels" in said
     code, said = run("irnet", "masks", tmp_path / "s", tmp_path / "m", *data, "--processes", 1)
     assert code == 1 and {p.stem for p in (tmp_path / "m").glob("*.png")} == {"p", "q"}
-    code, said = run("segment", "train", "--masks", tmp_path / "m", *data, "--out", tmp_path / "g", "--profile", "mini", "--iterations", 1, "--batch", 2, "--set", "crop=32")
+    code, said = run("segment", "train", "--masks", tmp_path / "m", *data, "--out", tmp_path / "g", "--profile", "mini", "--iterations", 1,
+                     "--batch", 2, "--set", "crop=32")
     assert code == 1 and "s: the image is 8x4004 pixels" in said and "1 of 4 images without a class" in said
-    code, said = run("segment", "predict", "--weights", tmp_path / "g/weights.safetensors", *data, "--split", "train", "--profile", "mini", "--out", tmp_path / "o", "--processes", 1, "--no-crf")
+    code, said = run("segment", "predict", "--weights", tmp_path / "g/weights.safetensors", *data, "--split", "train", "--profile", "mini",
+                     "--out", tmp_path / "o", "--processes", 1, "--no-crf")
     assert code == 1 and "3 predictions computed" in said and "3 images of" in said
 
 
@@ -139,14 +143,17 @@ def test_a_leading_background_is_no_class(names, want):
     assert class_names(names, "list") == want
 
 
-@pytest.mark.parametrize("names, said", [(["emu", "yak", "emu"], "names .'emu'. more than once"), (["emu", "background"], "number 0 in masks"), ([], "names no class"), (["bg"], "names no class"),
+@pytest.mark.parametrize("names, said",
+                         [(["emu", "yak", "emu"], "names .'emu'. more than once"), (["emu", "background"], "number 0 in masks"),
+                          ([], "names no class"), (["bg"], "names no class"),
                                          ([f"c{i}" for i in range(300)], "up to 254")])
 def test_class_lists_that_cannot_be_numbered(names, said):
     with pytest.raises(ValueError, match=said): class_names(names, "list")
 
 
 @pytest.mark.parametrize("cell, want", [
-    ("emu/yak", None), ("emu=1", None), ("(emu, yak)", ("emu", "yak")), ("{'emu'}", ("emu", "yak")), ("None", ("yak",)), ("N/A", ("yak",)), ("emu , yak", ("emu", "yak"))])
+    ("emu/yak", None), ("emu=1", None), ("(emu, yak)", ("emu", "yak")), ("{'emu'}", ("emu", "yak")), ("None", ("yak",)), ("N/A", ("yak",)),
+    ("emu , yak", ("emu", "yak"))])
 def test_cells_of_other_programs(tmp_path, cell, want):
     picture(tmp_path / "a.png"), picture(tmp_path / "b.png")
     (tmp_path / "labels.csv").write_text(f'id,labels\na,"{cell}"\nb,yak\n')
@@ -214,7 +221,8 @@ def test_weights_with_one_infinity_are_told_before_the_first_image(zoo, tmp_path
     from adcam.conformer import conformer_mini
     net = conformer_mini(2, checkpoint=weights)
     net.trans_norm.weight.data[4] = float("inf")
-    with pytest.raises(ValueError, match="weights hold NaN or infinity, in trans_norm.weight"): extract_dataset(net, folder(zoo, masks="masks"), tmp_path / "s", "cam", progress=False)
+    with pytest.raises(ValueError, match="weights hold NaN or infinity, in trans_norm.weight"):
+        extract_dataset(net, folder(zoo, masks="masks"), tmp_path / "s", "cam", progress=False)
 
 
 def test_an_empty_map_is_not_shown_without_a_word():
@@ -273,8 +281,10 @@ def deep(values): return Image.fromarray(np.asarray(values, np.uint16).reshape(3
 
 
 @pytest.mark.parametrize("make", [
-    lambda: Image.fromarray(np.dstack([np.full((32, 32, 3), 7, np.uint8), np.tri(32, dtype=np.uint8) * 255])), lambda: Image.fromarray(np.dstack([np.full((32, 32), 90, np.uint8), np.eye(32, dtype=np.uint8) * 80]), "LA"),
-    lambda: deep(np.linspace(0, 65535, 1024)), lambda: deep(np.linspace(0, 1023, 1024)), lambda: Image.new("CMYK", (32, 32), (20, 90, 0, 30)), lambda: Image.new("P", (32, 32), 3), lambda: Image.new("1", (32, 32), 1)],
+    lambda: Image.fromarray(np.dstack([np.full((32, 32, 3), 7, np.uint8), np.tri(32, dtype=np.uint8) * 255])),
+    lambda: Image.fromarray(np.dstack([np.full((32, 32), 90, np.uint8), np.eye(32, dtype=np.uint8) * 80]), "LA"),
+    lambda: deep(np.linspace(0, 65535, 1024)), lambda: deep(np.linspace(0, 1023, 1024)), lambda: Image.new("CMYK", (32, 32), (20, 90, 0, 30)),
+    lambda: Image.new("P", (32, 32), 3), lambda: Image.new("1", (32, 32), 1)],
     ids=["RGBA", "LA", "16 bits", "10 bits", "CMYK", "palette", "bits"])
 def test_explain_training_and_seeds_see_the_same_picture(tmp_path, make):
     im = make()
@@ -289,7 +299,9 @@ def test_twelve_bits_are_not_black_and_sixteen_are_not_white(tmp_path):
     assert any("12 bits" in n for n in read_photo(tmp_path / "a.png").notes)
 
 
-@pytest.mark.parametrize("exif", [b"Exif\0\0II*\0\x08\0\0\0\xff\xff", b"Exif\0\0garbage", b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x63\0\0\0\0\0\0"], ids=["cut", "noise", "orientation 99"])
+@pytest.mark.parametrize("exif",
+                         [b"Exif\0\0II*\0\x08\0\0\0\xff\xff", b"Exif\0\0garbage",
+                          b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x63\0\0\0\0\0\0"], ids=["cut", "noise", "orientation 99"])
 def test_broken_exif_costs_no_picture(tmp_path, exif):
     picture(tmp_path / "x.jpg", exif=exif)
     assert read_image(tmp_path / "x.jpg", exif=True).shape == read_photo(tmp_path / "x.jpg").pixels.shape == (40, 56, 3)
@@ -298,7 +310,8 @@ def test_broken_exif_costs_no_picture(tmp_path, exif):
 # ---- kind 5: files as people have them
 
 @pytest.mark.parametrize("line, want", [
-    ("/JPEGImages/2007_01.JPEG /SegmentationClass/2007_01.png", "2007_01"), ("JPEGImages\\a b.Jpg", "a b"), ("x.y.png 1 0 1", "x.y"), ("plain 1", "plain"), ("./im.webp\tmask.png", "im")])
+    ("/JPEGImages/2007_01.JPEG /SegmentationClass/2007_01.png", "2007_01"), ("JPEGImages\\a b.Jpg", "a b"), ("x.y.png 1 0 1", "x.y"),
+    ("plain 1", "plain"), ("./im.webp\tmask.png", "im")])
 def test_lines_of_lists(tmp_path, line, want):
     (tmp_path / "l.txt").write_text(line + "\r\n")
     assert read_list(tmp_path / "l.txt") == [want]
@@ -331,8 +344,10 @@ def test_a_latin_1_name_is_found_by_its_letters(tmp_path):
 # ---- kind 6: foreign JSON
 
 @pytest.mark.parametrize("annotation, said", [
-    (dict(category_id=77), "category 77"), (dict(category_id=None), "category None"), (dict(segmentation=[[1, 2, 3]]), "no list of pairs"), (dict(segmentation=[[1, 2, 3, float("nan"), 5, 6]]), "no list of pairs"),
-    (dict(segmentation=[[0, 0, 1e12, 0, 5, 5]]), "below 100000"), (dict(segmentation=dict(counts=[1, 2], size=[40, 56])), "cover 3 pixels"), (dict(segmentation=dict(counts="zzzz~", size=[40, 56])), "run lengths"),
+    (dict(category_id=77), "category 77"), (dict(category_id=None), "category None"), (dict(segmentation=[[1, 2, 3]]), "no list of pairs"),
+    (dict(segmentation=[[1, 2, 3, float("nan"), 5, 6]]), "no list of pairs"),
+    (dict(segmentation=[[0, 0, 1e12, 0, 5, 5]]), "below 100000"), (dict(segmentation=dict(counts=[1, 2], size=[40, 56])), "cover 3 pixels"),
+    (dict(segmentation=dict(counts="zzzz~", size=[40, 56])), "run lengths"),
     (dict(segmentation="box"), "outline is str"), (dict(bbox=None), "neither outline nor box")])
 def test_a_fault_of_one_annotation_costs_one_image(tmp_path, annotation, said):
     ds = coco2014(coco_tree(tmp_path / "c", [dict(dict(id=1, image_id=1, category_id=9, bbox=[1, 1, 5, 5]), **annotation)]), "val", strict=False)
@@ -344,7 +359,8 @@ def test_boxes_are_labels_but_no_masks_and_flat_outlines_are_both(tmp_path):
     ds = coco2014(coco_tree(tmp_path / "a", [dict(id=1, image_id=1, category_id=9, bbox=[1, 1, 5, 5])]), "val", strict=False)
     assert label_of(ds, 0).tolist() == [0, 1]
     with pytest.raises(ValueError, match="only a box"): mask_of(ds, 0)
-    ds = coco2014(coco_tree(tmp_path / "b", [dict(id=1, image_id=1, category_id=9, segmentation=[4, 4, 20, 4, 20, 20, 4, 20])], height=None), "val", strict=False)
+    ds = coco2014(coco_tree(tmp_path / "b", [dict(id=1, image_id=1, category_id=9, segmentation=[4, 4, 20, 4, 20, 20, 4, 20])], height=None), "val",
+                  strict=False)
     assert mask_of(ds, 0)[10, 10] == 2 and isinstance(ds, COCO2014)
 
 
@@ -352,13 +368,16 @@ def test_compressed_run_lengths_are_read_as_pycocotools_does(tmp_path):
     from pycocotools import mask as m
     want = np.zeros((40, 56), np.uint8); want[3:30, 5:50] = 1; want[10, 10] = 0
     rle = m.encode(np.asfortranarray(want))
-    ds = coco2014(coco_tree(tmp_path / "c", [dict(id=1, image_id=1, category_id=9, segmentation=dict(size=[40, 56], counts=rle["counts"].decode()))]), "val", strict=False)
+    ds = coco2014(coco_tree(tmp_path / "c", [dict(id=1, image_id=1, category_id=9, segmentation=dict(size=[40, 56], counts=rle["counts"].decode()))]),
+                  "val", strict=False)
     assert np.array_equal(mask_of(ds, 0), 2 * want)
 
 
-@pytest.mark.parametrize("text, said", [("null", "no object"), ('{"images": {}, "annotations": [], "categories": []}', "images is no list"), ("[" * 100_000, "cannot read"),
+@pytest.mark.parametrize("text, said",
+                         [("null", "no object"), ('{"images": {}, "annotations": [], "categories": []}', "images is no list"), ("[" * 100_000, "cannot read"),
                                         ('{"images": [{"id": 1}], "annotations": [], "categories": [{"id": 1, "name": "a"}]}', "image 1 has no file_name"),
-                                        ('{"images": [], "annotations": [], "categories": []}', "defines no category"), ('{"images": [], "annotations": [3], "categories": []}', "annotations is no list of objects")])
+                                        ('{"images": [], "annotations": [], "categories": []}', "defines no category"),
+                                        ('{"images": [], "annotations": [3], "categories": []}', "annotations is no list of objects")])
 def test_what_is_no_coco_file(tmp_path, text, said):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(ValueError, match=said): read_coco(tmp_path / "a.json")
@@ -381,7 +400,8 @@ def test_a_cnn_gets_a_size_that_it_takes(cnn, size):
 
 @pytest.mark.parametrize("wrap", [
     lambda s: dict(net=s), lambda s: dict(state_dict=dict(model=s)), lambda s: {f"module._orig_mod.{k}": v for k, v in s.items()}, lambda s: dict(s, epoch=3),
-    lambda s: dict(epoch=1, ema={"n_averaged": torch.tensor(4)} | {f"module.{k}": v for k, v in s.items()}, args=argparse.Namespace(lr=.1, name="x"))], ids=["net", "nested", "compiled and parallel", "epoch beside", "ema and args"])
+    lambda s: dict(epoch=1, ema={"n_averaged": torch.tensor(4)} | {f"module.{k}": v for k, v in s.items()},
+                   args=argparse.Namespace(lr=.1, name="x"))], ids=["net", "nested", "compiled and parallel", "epoch beside", "ema and args"])
 def test_training_checkpoints_of_other_programs(tmp_path, wrap):
     from adcam.cnn import load_cam, resnet_mini
     net, other = resnet_mini(3), resnet_mini(3)
@@ -393,14 +413,17 @@ def test_training_checkpoints_of_other_programs(tmp_path, wrap):
 def test_the_difference_of_a_pair_is_named(tmp_path):
     from adcam.branches import TwoBranch
     torch.save(TwoBranch("test_resnet", "test_vit", 4).state_dict(), tmp_path / "x.pth")
-    with pytest.raises(ValueError, match=r"of other shape .*conv_cls_head.weight \(4, \d+\) instead of \(5, "): TwoBranch("test_resnet", "test_vit", 5, checkpoint=tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=r"of other shape .*conv_cls_head.weight \(4, \d+\) instead of \(5, "):
+        TwoBranch("test_resnet", "test_vit", 5, checkpoint=tmp_path / "x.pth")
 
 
 # ---- kind 9: the command line
 
 @pytest.mark.parametrize("words, said", [
-    (["paper", "fig5", "-p", "a: b: c=1"], "no parameter"), (["paper", "fig5", "-p", "k={1"], "no YAML"), (["profile", "x"], "no profile"), (["crf", ".", ".", "o", "--preset", "x"], "unknown preset"),
-    (["seeds", "--out", "o", "--option", "k"], "no pair"), (["segment", "train", "--out", "o", "--set", "patience=ten"], "whole number, or none"), (["segment", "train", "--out", "o", "--set", "freeze_bn=2"], "true or false")])
+    (["paper", "fig5", "-p", "a: b: c=1"], "no parameter"), (["paper", "fig5", "-p", "k={1"], "no YAML"), (["profile", "x"], "no profile"),
+    (["crf", ".", ".", "o", "--preset", "x"], "unknown preset"),
+    (["seeds", "--out", "o", "--option", "k"], "no pair"), (["segment", "train", "--out", "o", "--set", "patience=ten"], "whole number, or none"),
+    (["segment", "train", "--out", "o", "--set", "freeze_bn=2"], "true or false")])
 def test_bad_words_are_one_line_and_exit_code_2(run, words, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, text = run(*words)
@@ -409,7 +432,8 @@ def test_bad_words_are_one_line_and_exit_code_2(run, words, said, tmp_path, monk
 
 def test_words_of_options_mean_what_they_say():
     from adcam.cli import _value
-    assert [_value(w) for w in ("true", "False", "none", "3", "1e-3", "(1, 2)", "adam", "__import__('os')")] == [True, False, None, 3, 1e-3, (1, 2), "adam", "__import__('os')"]
+    assert ([_value(w) for w in ("true", "False", "none", "3", "1e-3", "(1, 2)", "adam", "__import__('os')")]
+            == [True, False, None, 3, 1e-3, (1, 2), "adam", "__import__('os')"])
 
 
 def test_missing_packages_are_one_line(run, monkeypatch, tmp_path):
@@ -547,7 +571,8 @@ def test_bombs_are_refused_before_they_are_unpacked(tmp_path, monkeypatch):
     import struct
     import zlib
     chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0))
+    png = b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
     (tmp_path / "b.png").write_bytes(png)
     for read in (read_image, lambda p: read_mask(p, 3), read_photo):
         with pytest.raises(ValueError, match="too large|million pixels"): read(tmp_path / "b.png")

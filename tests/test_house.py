@@ -131,11 +131,14 @@ def test_committed_texts_name_no_machine_path():
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_contents_name_every_section(path):
     listed = re.findall(r"\]\(#([^)]+)\)", read(path).cells[2].source)
-    assert listed == [h.replace("`", "").replace(" ", "-") for h in contents.headings([c | {"source": c.source} for c in read(path).cells])], "run tools/contents.py"
+    assert listed == [h.replace("`", "").replace(" ", "-")
+                      for h in contents.headings([c | {"source": c.source} for c in read(path).cells])], "run tools/contents.py"
 
 
 def test_plumbing_is_folded_and_a_lesson_is_not():
-    assert contents.is_plumbing("#| hide\nx = 1") and contents.is_plumbing("#| export\nimport os") and contents.is_plumbing("#| export\ndef _check_config(c): pass")
+    assert contents.is_plumbing("#| hide\nx = 1")
+    assert contents.is_plumbing("#| export\nimport os")
+    assert contents.is_plumbing("#| export\ndef _check_config(c): pass")
     assert not contents.is_plumbing("#| export\ndef affinity(edge): pass") and not contents.is_plumbing("show_images([])")
 
 
@@ -191,7 +194,8 @@ def test_modules_import_only_modules_above():
 
 @pytest.mark.parametrize("path", EXPORTED, ids=name_of)
 def test_module_imports_no_private_name_of_another(path):
-    found = [f"{node.module}.{a.name}" for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom) and (node.level or "adcam" in node.module)
+    found = [f"{node.module}.{a.name}" for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)
+             and (node.level or "adcam" in node.module)
              for a in node.names if a.name.startswith("_")]
     assert not found
 
@@ -236,7 +240,8 @@ def test_readme_of_the_package_index_needs_no_files_beside_it():
     links = re.findall(r"\]\(([^)\s]+)", text) + re.findall(r'src="([^"]+)"', text)
     assert links and all(re.match(r"https?:|#", x) for x in links) and address()[0].startswith("https://")
     assert "![" in text and re.search(r"!\[[^\]]*\]\(https://example.org/adcam/raw/main/results/", text)
-    assert absolute("[a](b.md) ![c](d.png) [![e](f.png)](g.md) [h](#i) [j](https://k.l)", "u", "m") == "[a](u/blob/m/b.md) ![c](u/raw/m/d.png) [![e](u/raw/m/f.png)](u/blob/m/g.md) [h](#i) [j](https://k.l)"
+    assert absolute("[a](b.md) ![c](d.png) [![e](f.png)](g.md) [h](#i) [j](https://k.l)", "u",
+                    "m") == "[a](u/blob/m/b.md) ![c](u/raw/m/d.png) [![e](u/raw/m/f.png)](u/blob/m/g.md) [h](#i) [j](https://k.l)"
 
 
 def test_the_address_is_set_at_one_place(settings):
@@ -309,7 +314,8 @@ def test_departures_name_real_switches_and_their_defaults():
     import inspect
     from adcam import cam, cnn, conformer, crf, irnet, seeds
     from adcam.baselines import advcam, getam, rib
-    functions = [cnn.cam_resnet50, advcam.advcam_views, getam.getam_views, rib.rib_views, crf.dense_crf, irnet.random_walk, cam.ad_cam, cam.normalize, conformer.conformer_small, conformer.Conformer.__init__, seeds.extract]
+    functions = [cnn.cam_resnet50, advcam.advcam_views, getam.getam_views, rib.rib_views, crf.dense_crf, irnet.random_walk, cam.ad_cam, cam.normalize,
+                 conformer.conformer_small, conformer.Conformer.__init__, seeds.extract]
     defaults = {}
     for f in functions:
         for name, p in inspect.signature(f).parameters.items():
@@ -330,7 +336,8 @@ def test_make_help_lists_every_target():
 
 def test_make_help_says_how_long_a_figure_takes():
     listed = subprocess.run(["make", "-s", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    silent = [line for line in listed.splitlines() if re.match(r"  make (fig|table|theorem|results|checkpoints|test|bench |photos|coco)", line) and not re.search(r"\(.*(min|minute|h|hours|days|seconds)\b", line)]
+    silent = [line for line in listed.splitlines() if re.match(r"  make (fig|table|theorem|results|checkpoints|test|bench |photos|coco)",
+                                                               line) and not re.search(r"\(.*(min|minute|h|hours|days|seconds)\b", line)]
     assert not silent
 
 

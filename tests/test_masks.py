@@ -62,7 +62,9 @@ def test_groups_of_imagenet_classes():
     assert class_groups("bus,cat;dog") == {c: VOC_IMAGENET[c] for c in ("bus", "cat", "dog")}
 
 
-@pytest.mark.parametrize("text, says", [("", "--classes is empty"), ("bus=minibuss", "nearest: minibus"), ("=minibus", "is no group"), ("person", "ImageNet has no class for VOC"),
+@pytest.mark.parametrize("text, says",
+                         [("", "--classes is empty"), ("bus=minibuss", "nearest: minibus"), ("=minibus", "is no group"),
+                          ("person", "ImageNet has no class for VOC"),
                                         ("cat;cat=lynx", "twice"), ("bus=", "is no group"), ("qwertz", "no class 'qwertz'")])
 def test_groups_that_cannot_be_read(text, says):
     with pytest.raises(ValueError, match=says): class_groups(text)
@@ -74,7 +76,8 @@ def test_sub_folders_are_classes(tmp_path):
         Image.new("RGB", (32, 32)).save(tmp_path / "in" / name)
     classes = labels_by_folder(tmp_path / "in", tmp_path / "labels.csv")
     ds = folder(tmp_path / "in", tmp_path / "labels.csv", classes=classes)
-    assert {i: [c for c, y in zip(ds.classes, ds.label(n)) if y] for n, i in enumerate(ds.ids)} == {"bus__a": ["bus"], "bus__deep__b": ["bus"], "school bus__a": ["school bus"], "c": []}
+    assert {i: [c for c, y in zip(ds.classes, ds.label(n)) if y] for n,
+            i in enumerate(ds.ids)} == {"bus__a": ["bus"], "bus__deep__b": ["bus"], "school bus__a": ["school bus"], "c": []}
 
 
 def test_a_table_elsewhere_goes_all_the_way_to_corrected_masks(photos, tmp_path, capsys):
@@ -140,7 +143,8 @@ def features_of(net, n=12, knows=0.):
     return Features(torch.randn(n, net.pair.cnn.num_features, generator=g), torch.zeros(n, 1), y), (torch.randn(n, 3, generator=g) + knows * y).numpy()
 
 
-@pytest.mark.parametrize("choice, knows, learns", [("auto", 99., [1, 1, 1]), ("imagenet", 99., [0, 0, 1]), ("trained", -99., [1, 1, 1]), ("auto", -99., [0, 0, 1])])
+@pytest.mark.parametrize("choice, knows, learns",
+                         [("auto", 99., [1, 1, 1]), ("imagenet", 99., [0, 0, 1]), ("trained", -99., [1, 1, 1]), ("auto", -99., [0, 0, 1])])
 def test_the_head_that_knows_more_makes_the_maps_and_a_class_that_imagenet_has_not_is_learned(choice, knows, learns):
     net = both_heads(choice)
     z, words = net.settle(*features_of(net, knows=knows))
@@ -152,7 +156,8 @@ def test_a_word_that_is_spelt_alike_goes_to_the_trained_head():
     net = both_heads()
     f, held_out = features_of(net)
     with torch.no_grad(): theirs = net._logits(net.pair.conv_cls_head(f.conv)).numpy()
-    net._logits = lambda z: torch.from_numpy(np.stack([99 * f.labels[:, 0].numpy(), -99 * f.labels[:, 1].numpy(), theirs[:, 2]], 1))   # knows buses, and is wrong about dogs
+    # knows buses, and is wrong about dogs
+    net._logits = lambda z: torch.from_numpy(np.stack([99 * f.labels[:, 0].numpy(), -99 * f.labels[:, 1].numpy(), theirs[:, 2]], 1))
     held_out[:, 0], held_out[:, 1] = -f.labels[:, 0].numpy(), f.labels[:, 1].numpy() * .1 - f.labels[:, 0].numpy() * .05
     held_out[1, 1] = -1.                                                                             # not perfect, but much better than ImageNet's
     net.settle(f, held_out)
@@ -193,7 +198,9 @@ def test_no_label_is_lost_with_heads_auto(tmp_path, capsys):
     assert done.opened.ds.left_out == ["bus", "person"] and not (tmp_path / "b/classifier").exists()
 
 
-@pytest.mark.parametrize("options, says", [(dict(heads="best"), "choose one of auto, trained, imagenet"), (dict(heads="trained", classes="bus"), "no use for --classes"), (dict(heads="imagenet", network="mini"), "name a pair CNN")])
+@pytest.mark.parametrize("options, says",
+                         [(dict(heads="best"), "choose one of auto, trained, imagenet"),
+                          (dict(heads="trained", classes="bus"), "no use for --classes"), (dict(heads="imagenet", network="mini"), "name a pair CNN")])
 def test_heads_that_cannot_be(options, says, photos, tmp_path):
     with pytest.raises(ValueError, match=says): make_masks(photos, tmp_path / "out", **dict(network="test_resnet+test_vit", random_weights=True) | options)
 
@@ -291,14 +298,16 @@ def test_numbers_in_masks_are_those_of_the_labels_whatever_the_order_of_the_grou
     root.mkdir()
     Image.new("RGB", (64, 64), "red").save(root / "a.png")
     (root / "labels.csv").write_text("id,labels\na.png,dog;bus;person\n")
-    done = make_masks(root, tmp_path / "out", classes="dog;bus", network="test_resnet+test_vit", random_weights=True, size=64, threshold=0., change=["k=2"], crf=False, progress=False)
+    done = make_masks(root, tmp_path / "out", classes="dog;bus", network="test_resnet+test_vit", random_weights=True, size=64, threshold=0.,
+                      change=["k=2"], crf=False, progress=False)
     assert done.classes == ("bus", "dog", "person") and done.opened.ds.left_out == ["person"]
     assert set(np.unique(Image.open(done.folder / "a.png"))) <= {0, 1, 2} and (tmp_path / "out/classes.txt").read_text().split() == ["bus", "dog", "person"]
 
 
 def test_nothing_seen_is_said(photos, tmp_path):
     with pytest.raises(ValueError, match="none of the 5 photographs seems to show cat"):
-        make_masks(shutil.copytree(photos, tmp_path / "in", ignore=shutil.ignore_patterns("*.csv")), tmp_path / "out", classes="cat", network="test_resnet+test_vit", random_weights=True, size=64, progress=False)
+        make_masks(shutil.copytree(photos, tmp_path / "in", ignore=shutil.ignore_patterns("*.csv")), tmp_path / "out", classes="cat",
+                   network="test_resnet+test_vit", random_weights=True, size=64, progress=False)
 
 
 @pytest.mark.parametrize("refine, stages", [("irn", ["IR labels", "IRNet"]), ("psa", ["PSA scores", "AffinityNet"])])
@@ -334,7 +343,8 @@ def test_estimate_only_leaves_nothing_behind(photos, tmp_path, capsys):
 @pytest.mark.parametrize("command", ["masks", "run", "seeds"])
 def test_too_little_memory_ends_with_two_unless_anyway(command, photos, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(adcam.run, "memory_left", lambda device="cpu": -10**12)
-    words = dict(masks=["masks", photos, "--network", "mini", "--size", 64], run=["run", "--limit", 1, "--set", "irn_crop=96", "--set", "irn_epochs=1"], seeds=["seeds", "--n", 1])[command]
+    words = dict(masks=["masks", photos, "--network", "mini", "--size", 64],
+                 run=["run", "--limit", 1, "--set", "irn_crop=96", "--set", "irn_epochs=1"], seeds=["seeds", "--n", 1])[command]
     code, _, err = cli(capsys, *words, "--out", tmp_path / "o")
     assert code == 2 and "more than there is: lower --" in err and not (tmp_path / "o/seeds").exists() and not list(tmp_path.rglob("*.npz"))
     code, out, _ = cli(capsys, *words, "--out", tmp_path / "o", "--anyway")

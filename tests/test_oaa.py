@@ -274,3 +274,28 @@ def test_what_is_refused(whole, ds, tmp_path):
     bad = fresh().eval()
     with torch.no_grad(): bad.classifier.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match=f"{ds.ids[0]}: the class maps hold NaN"): Accumulator(ds, tmp_path / "nan", 2)(bad, 2, [])
+
+
+# ---- from a terminal ----
+
+def test_the_command_collects_and_learns(tmp_path, capsys):
+    "`train-oaa` leaves seeds of the collected maps and weights of OAA+; a second call has nothing left to train"
+    from adcam.cli import main
+    from adcam.cnn import load_cam
+    words = ["train-oaa", "--data", "mini", "--n", "2", "--backbone", "resnet_mini", "--epochs", "2", "--integral-epochs", "1", "--batch", "2", "--crop", "64", "--out", str(tmp_path)]
+    def run(*more):
+        with pytest.raises(SystemExit) as stop: main([*words, *more])
+        return stop.value.code or 0, "".join(capsys.readouterr())
+    code, text = run()
+    assert code == 0 and "2 seeds of collected maps" in text
+    assert len(list((tmp_path / "seeds").glob("*.npz"))) == 2
+    once = load_cam(resnet_mini(10), tmp_path / "weights.safetensors").state_dict()
+    assert run()[0] == 0
+    again = load_cam(resnet_mini(10), tmp_path / "weights.safetensors").state_dict()
+    assert all(torch.equal(v, again[k]) for k, v in once.items())
+
+
+def test_the_command_refuses_an_unknown_rule(tmp_path, capsys):
+    from adcam.cli import main
+    with pytest.raises(SystemExit) as stop: main(["train-oaa", "--data", "mini", "--n", "2", "--backbone", "resnet_mini", "--rule", "best", "--out", str(tmp_path)])
+    assert stop.value.code == 2 and "rule is 'best'" in capsys.readouterr().err

@@ -105,14 +105,16 @@ def test_committed_table3_says_what_the_json_says():
     assert [t[0] for t in tables] == ["train", "train", "test", "test"]
     settings, chosen = body["provenance"]["settings"], Point(**body["chosen"])
     k, T = settings["k"], settings["T"]
-    points = dict(zip(("CAM", "TS-CAM", "Att-Diffu only", "AD-CAM", "TransCAM"), (Point("cam"), Point("ts_cam"), Point("att_diffu", 0, T, "push"), Point("ad_cam", k, T, "push"), Point("trans_cam", 0, 1, "pull"))))
+    points = dict(zip(("CAM", "TS-CAM", "Att-Diffu only", "AD-CAM", "TransCAM"),
+                      (Point("cam"), Point("ts_cam"), Point("att_diffu", 0, T, "push"), Point("ad_cam", k, T, "push"), Point("trans_cam", 0, 1, "pull"))))
     for split, n, seeds, how, lines in tables:
         rule = "oracle" if how == "best" else "fixed"
         for line in lines.splitlines()[2:]:
             name, miou, fp, fn, t = (c.strip() for c in line.split("|")[1:6])
             group, base = ("coupled" if "no stop-gradient" in name else "stopped"), name.replace(", no stop-gradient", "")
             point = chosen if "chosen" in base else points[base.split(",")[0]]._replace(**(dict(direction="pull") if base.endswith(", pull") else {}))
-            [row] = [r for r in body["summary"] if (r["group"], r["split"], r["rule"]) == (group, split, rule) and all(r[f] == v for f, v in point._asdict().items())]
+            [row] = [r for r in body["summary"] if (r["group"], r["split"], r["rule"]) == (group, split, rule)
+                     and all(r[f] == v for f, v in point._asdict().items())]
             assert (row["n"], row["seeds"]) == (int(n), int(seeds))
             assert [miou, fp, fn] == [f"{100 * row[v]:.1f} ± {100 * row[v + '_std']:.1f}" for v in ("miou", "fp", "fn")]
 
@@ -121,7 +123,8 @@ def test_committed_results_know_their_weights():
     for name in ("fig4", "table3", "fig5", "fig6", "table1"):
         origin = _committed(name)["provenance"]
         from adcam.pipeline import file_sha256
-        for file, digest in origin["checkpoints"].items(): assert file_sha256(checkpoint_path(0).parent / file) == digest, f"{name} was measured with other weights than the shipped {file}"
+        for file, digest in origin["checkpoints"].items():
+            assert file_sha256(checkpoint_path(0).parent / file) == digest, f"{name} was measured with other weights than the shipped {file}"
 
 
 def test_committed_bench_is_within_its_limits():

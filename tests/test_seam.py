@@ -287,3 +287,29 @@ def test_weights_with_a_head_come_back(net, tmp_path):
     again = load_seam(resnet_mini(10), path)
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), net.state_dict().values()))
     with pytest.raises(ValueError, match="does not fit|knows 10 classes"): load_seam(resnet_mini(7), path)
+
+
+# ---- from a terminal ----
+
+def test_the_command_trains_and_seeds_read_it(tmp_path, capsys):
+    "`train-seam` goes on from a CAM network; `seeds --method seam` takes its weights, and those of the CAM network are refused"
+    from adcam.cli import main
+    from adcam.classifier import save_weights
+    from adcam.cnn import resnet_mini
+    def run(*words):
+        with pytest.raises(SystemExit) as stop: main([str(w) for w in words])
+        return stop.value.code or 0, "".join(capsys.readouterr())
+    some = ["--data", "mini", "--n", 2, "--network", "resnet_mini"]
+    cam, net = save_weights(resnet_mini(10), tmp_path / "cam.safetensors"), tmp_path / "run/weights.safetensors"
+    code, text = run("train-seam", *some, "--weights", cam, "--epochs", 1, "--batch", 2, "--crop", 64, "--head-only", "--out", tmp_path / "run")
+    assert code == 0 and "1 steps" in text and net.exists()
+    seeds = ["seeds", *some, "--split", "train", "--method", "seam", "--scales", 1, "--no-flip"]
+    assert run(*seeds, "--weights", net, "--out", tmp_path / "seeds")[0] == 0
+    code, text = run(*seeds, "--weights", cam, "--out", tmp_path / "none")
+    assert code == 2 and "has no PCM head" in text
+
+
+def test_the_command_refuses_a_conformer(tmp_path, capsys):
+    from adcam.cli import main
+    with pytest.raises(SystemExit) as stop: main(["train-seam", "--data", "mini", "--n", "2", "--network", "mini", "--out", str(tmp_path)])
+    assert stop.value.code == 2 and "needs a CamNet" in capsys.readouterr().err

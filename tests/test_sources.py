@@ -171,7 +171,8 @@ def test_mirrors_in_turn_and_why_each_failed(server, odd, capsys):
     closed = "http://127.0.0.1:9"  # nothing listens there
     urls = [f"{closed}/f", *(f"{server.at}/{k}/f" for k in ("gone", "broken", "refusing", "page", "corrupt"))]
     with pytest.raises(ConnectionError) as e: fetch(urls, odd / "f", checksum=MD5)
-    for word in (*urls, "cannot be reached", "404", "500", "as if it were a part", "web page", "does not match", "By hand", str(odd / "f"), "--local"): assert word in str(e.value)
+    for word in (*urls, "cannot be reached", "404", "500", "as if it were a part", "web page", "does not match", "By hand", str(odd / "f"), "--local"):
+        assert word in str(e.value)
     assert os.listdir(odd) == []
     assert fetch([*urls, f"{server.at}/good/f"], odd / "f", checksum=MD5).read_bytes() == DATA
 
@@ -225,7 +226,8 @@ class Full:
 
 def test_full_disk_while_downloading_is_named_and_the_part_kept(server, odd, monkeypatch):
     monkeypatch.setattr(S, "open", lambda p, m: Full(open(p, m), 100_000), raising=False)
-    with pytest.raises(OSError, match="disk full while downloading f to .*kept in f.part") as e: fetch([f"{server.at}/good/f", f"{server.at}/plain/f"], odd / "f", checksum=MD5)
+    with pytest.raises(OSError, match="disk full while downloading f to .*kept in f.part") as e:
+        fetch([f"{server.at}/good/f", f"{server.at}/plain/f"], odd / "f", checksum=MD5)
     assert e.value.errno == errno.ENOSPC and len(server.kind.asked) == 1  # the next mirror would not help
     assert (odd / "f.part").read_bytes() == DATA[:65536] and not (odd / "f").exists()
     monkeypatch.undo()
@@ -271,9 +273,12 @@ def test_unpack_whole_part_and_again(odd, make, name):
 
 
 SYM, HARD = tarfile.SYMTYPE, tarfile.LNKTYPE
-EVIL = [("../evil", b"x", "leads out"), ("a/../../evil", b"x", "leads out"), ("/evil", b"x", "absolute"), ("C:/evil", b"x", "absolute"), ("a\\..\\evil", b"x", "leads out"),
-        ("link", (SYM, "../../secret"), "link out of the archive"), ("link", (SYM, "/etc/passwd"), "link out of the archive"), ("link", (HARD, "../secret"), "link out of the archive"),
-        ("link", (SYM, "nowhere"), "does not hold"), ("link", (SYM, "link"), "folder or to itself"), ("pipe", (tarfile.FIFOTYPE, ""), "device or pipe"), ("dev", (tarfile.CHRTYPE, ""), "device or pipe")]
+EVIL = [("../evil", b"x", "leads out"), ("a/../../evil", b"x", "leads out"), ("/evil", b"x", "absolute"), ("C:/evil", b"x", "absolute"),
+        ("a\\..\\evil", b"x", "leads out"),
+        ("link", (SYM, "../../secret"), "link out of the archive"), ("link", (SYM, "/etc/passwd"), "link out of the archive"),
+        ("link", (HARD, "../secret"), "link out of the archive"),
+        ("link", (SYM, "nowhere"), "does not hold"), ("link", (SYM, "link"), "folder or to itself"),
+        ("pipe", (tarfile.FIFOTYPE, ""), "device or pipe"), ("dev", (tarfile.CHRTYPE, ""), "device or pipe")]
 
 @pytest.mark.parametrize("name,content,why", EVIL)
 def test_tar_that_wants_out_is_refused_by_name_and_leaves_nothing(odd, name, content, why):
@@ -284,7 +289,8 @@ def test_tar_that_wants_out_is_refused_by_name_and_leaves_nothing(odd, name, con
 
 @pytest.mark.parametrize("name", ["../evil", "/evil", "a/../../evil", "C:\\evil", "..\\evil"])
 def test_zip_that_wants_out(odd, name):
-    with pytest.raises(ValueError, match="evil.zip was not unpacked"): S.unpack(make_zip(odd / "evil.zip", {"fine": b"x", name: b"x"}), odd / "dest", progress=False)
+    with pytest.raises(ValueError, match="evil.zip was not unpacked"):
+        S.unpack(make_zip(odd / "evil.zip", {"fine": b"x", name: b"x"}), odd / "dest", progress=False)
     link = zipfile.ZipInfo("link"); link.external_attr = 0o120777 << 16
     with pytest.raises(ValueError, match="'link' is a symbolic link"): S.unpack(make_zip(odd / "l.zip", {link: "/etc/passwd"}), odd / "dest", progress=False)
     assert sorted(os.listdir(odd)) == ["evil.zip", "l.zip"]
@@ -300,7 +306,9 @@ def test_links_inside_become_copies_and_links_on_disk_are_not_followed(odd):
     assert os.listdir(odd / "outside") == []
 
 
-@pytest.mark.parametrize("make,name,cut", [(make_tar, "a.tar", 512), (make_tar, "a.tar", 30_000), (make_tar, "a.tar", 1024), (make_tar, "a.tgz", 30_000), (make_zip, "a.zip", 30_000), (make_tar, "a.tar", 0), (make_tar, "a.tgz", 5)])
+@pytest.mark.parametrize("make,name,cut",
+                         [(make_tar, "a.tar", 512), (make_tar, "a.tar", 30_000), (make_tar, "a.tar", 1024), (make_tar, "a.tgz", 30_000),
+                          (make_zip, "a.zip", 30_000), (make_tar, "a.tar", 0), (make_tar, "a.tgz", 5)])
 def test_truncated_archives_are_named(odd, make, name, cut):
     raw = make(odd / name, GOOD).read_bytes()
     (odd / name).write_bytes(raw[:cut])
@@ -328,7 +336,8 @@ def test_full_disk_while_unpacking(odd, monkeypatch):
 
 
 @settings(deadline=None, max_examples=25)
-@given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=12) | st.sampled_from(["..", "../x", "/x", "a/../../b", ".", "./..", "~/x"]), min_size=1, max_size=3))
+@given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1,
+                        max_size=12) | st.sampled_from(["..", "../x", "/x", "a/../../b", ".", "./..", "~/x"]), min_size=1, max_size=3))
 def test_no_name_ever_leads_out(tmp_path_factory, parts):
     base = tmp_path_factory.mktemp("n"); name = "/".join(parts)
     archive = make_tar(base / "a.tar", {name: b"x"})
@@ -353,10 +362,13 @@ def draw_toy(root):
     for i in range(12):
         path = voc / f"SegmentationClass/{ds.ids[i]}.png"
         S._write_mask(path, np.where(np.arange(64)[:, None] == 0, np.uint8(255), ds[i].mask)) if i < 6 else path.unlink()
-    for path, ids in {voc / "ImageSets/Segmentation/train.txt": range(4), voc / "ImageSets/Segmentation/val.txt": range(4, 6), sbd / "train.txt": range(2, 8), sbd / "val.txt": range(8, 11)}.items():
+    for path, ids in {voc / "ImageSets/Segmentation/train.txt": range(4), voc / "ImageSets/Segmentation/val.txt": range(4, 6),
+                      sbd / "train.txt": range(2, 8), sbd / "val.txt": range(8, 11)}.items():
         path.write_text("".join(f"{ds.ids[i]}\n" for i in ids))
     (voc / "Annotations").mkdir()
-    for i in range(12): (voc / f"Annotations/{ds.ids[i]}.xml").write_text("<a>" + "".join(f"<object><name>{VOC_CLASSES[k]}</name></object>" for k in np.flatnonzero(ds[i].label)) + "</a>")
+    for i in range(12):
+        (voc / f"Annotations/{ds.ids[i]}.xml").write_text("<a>"
+                                                          + "".join(f"<object><name>{VOC_CLASSES[k]}</name></object>" for k in np.flatnonzero(ds[i].label)) + "</a>")
 
 
 SCENES = Scenes("val", 12, 64)
@@ -379,7 +391,10 @@ def test_train_aug_is_the_union_without_voc_val(odd):
     assert S.train_aug_list(voc, sbd, strict=False) == [ds.ids[i] for i in (0, 1, 2, 3, 6, 7, 8, 9, 10)]
     path = voc / "ImageSets/Segmentation/train_aug.txt"
     path.unlink()
-    with pytest.raises(ValueError, match="VOC train has 4 images instead of 1,464; VOC val has 2 .*SBD train has 6 images instead of 8,498; SBD val has 3 .*train_aug has 9 images instead of 10,582"): S.train_aug_list(voc, sbd)
+    said = ("VOC train has 4 images instead of 1,464; VOC val has 2 .*SBD train has 6 images instead of 8,498; SBD val has 3 .*"
+            "train_aug has 9 images instead of 10,582")
+    with pytest.raises(ValueError, match=said):
+        S.train_aug_list(voc, sbd)
     assert not path.exists()
 
 
@@ -389,7 +404,9 @@ def test_full_size_lists_give_10582(odd):
     (voc / "ImageSets/Segmentation").mkdir(parents=True); (sbd / "cls").mkdir(parents=True)
     shared = ids[464:464 + 2237] + ids[2913:]  # 1,000 of VOC train, 1,237 of VOC val, all 9,118 others
     rng = np.random.default_rng(0); rng.shuffle(shared)
-    for path, part in {voc / "ImageSets/Segmentation/train.txt": ids[:1464], voc / "ImageSets/Segmentation/val.txt": ids[1464:2913], sbd / "train.txt": shared[:8498], sbd / "val.txt": shared[8498:]}.items(): path.write_text("\n".join(part) + "\n")
+    for path, part in {voc / "ImageSets/Segmentation/train.txt": ids[:1464], voc / "ImageSets/Segmentation/val.txt": ids[1464:2913],
+                       sbd / "train.txt": shared[:8498], sbd / "val.txt": shared[8498:]}.items():
+        path.write_text("\n".join(part) + "\n")
     aug = S.train_aug_list(voc, sbd)
     assert len(aug) == 10_582 and not set(aug) & set(ids[1464:2913]) and aug == sorted(aug)
     (sbd / "val.txt").write_text("\n".join(shared[8498:-30]) + "\n")
@@ -406,7 +423,8 @@ def test_sbd_masks_voc_wins_and_a_second_run_does_nothing(odd):
         with Image.open(out / f"{ds.ids[i]}.png") as im: assert im.mode == "P" and im.getpalette()[:6] == [0, 0, 0, 128, 0, 0]
     first = files(out)
     assert S.sbd_to_masks(sbd, voc, num_classes=10, progress=False) == S.Converted(0, 11, []) and files(out) == first
-    assert S.sbd_to_masks(odd, voc, odd / "two", num_classes=10, processes=2, progress=False).written == 11 and files(odd / "two") == first  # processes give the same bytes
+    # processes give the same bytes
+    assert S.sbd_to_masks(odd, voc, odd / "two", num_classes=10, processes=2, progress=False).written == 11 and files(odd / "two") == first
 
 
 def test_one_bad_image_does_not_lose_the_others(odd):
@@ -460,7 +478,8 @@ def toy_coco(root, n=6, split="val2014"):
     def square(l, t, r, b): return [[l, t, r, t, r, b, l, b]]
     for sub in ("annotations", split): (root / sub).mkdir(parents=True, exist_ok=True)
     images = [dict(id=i, width=48, height=32, file_name=f"COCO_{split}_{i:012d}.jpg") for i in range(1, n + 1)]
-    what = [(1, 3, square(4, 4, 30, 28), 0), (1, 7, square(20, 10, 44, 30), 0), (2, 90, square(30, 5, 40, 20), 0), (2, 3, dict(size=[32, 48], counts=[0, 32 * 12, 32 * 36]), 1)]
+    what = [(1, 3, square(4, 4, 30, 28), 0), (1, 7, square(20, 10, 44, 30), 0), (2, 90, square(30, 5, 40, 20), 0),
+            (2, 3, dict(size=[32, 48], counts=[0, 32 * 12, 32 * 36]), 1)]
     anns = [dict(id=j, image_id=i, category_id=c, segmentation=s, iscrowd=k, area=1, bbox=[0, 0, 1, 1]) for j, (i, c, s, k) in enumerate(what, 1)]
     cats = [dict(id=c, name=x) for c, x in ((7, "train"), (3, "car"), (90, "hair drier"))]
     (root / f"annotations/instances_{split}.json").write_text(json.dumps(dict(images=images, annotations=anns, categories=cats)))
@@ -492,7 +511,9 @@ def test_coco_bad_images_are_reported_and_taken_in_again(odd):
     (root / f"val2014/{name(3)}.jpg").unlink(); (root / f"val2014/{name(4)}.jpg").write_bytes(b"torn")
     Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(root / f"val2014/{name(5)}.jpg")
     done = S.coco_to_voc(root, "val", progress=False)
-    assert done.written == 3 and [s.id for s in done.skipped] == [name(i) for i in (3, 4, 5)] and "is 9x9, its annotations are for 32x48" in done.skipped[2].reason
+    assert done.written == 3
+    assert [s.id for s in done.skipped] == [name(i) for i in (3, 4, 5)]
+    assert "is 9x9, its annotations are for 32x48" in done.skipped[2].reason
     assert VOCFolder(root, "val").ids == [name(i) for i in (1, 2, 6)]
     toy_coco(root)
     assert S.coco_to_voc(root, "val", progress=False) == S.Converted(3, 3, []) and len(VOCFolder(root, "val")) == 6
@@ -611,7 +632,8 @@ def test_get_from_local_archives_converts_and_is_done_the_second_time(odd):
 
 def test_get_counts_are_strict_by_default(odd):
     sources = published(odd)
-    with pytest.raises(ValueError, match="train_aug was not written: VOC train has 4 images"): S.get("voc2012", odd / "tree", local=[odd / sources[n].file for n in ("voc2012", "sbd")], progress=False, sources=sources)
+    with pytest.raises(ValueError, match="train_aug was not written: VOC train has 4 images"):
+        S.get("voc2012", odd / "tree", local=[odd / sources[n].file for n in ("voc2012", "sbd")], progress=False, sources=sources)
 
 
 def test_coco_mini_is_a_complete_folder_of_photographs(coco_mini):
@@ -632,7 +654,9 @@ def test_coco_mini_masks_as_sbd_files(coco_mini, odd):
         mask = read_mask(coco_mini / f"SegmentationClass/{i}.png", 20)
         if i != ids[0]: write_sbd(sbd / f"cls/{i}.mat", np.where(mask == 255, np.uint8(0), mask))
         else: S._write_mask(voc / f"SegmentationClass/{i}.png", mask)
-    for path, part in {voc / "ImageSets/Segmentation/train.txt": ids[:1], voc / "ImageSets/Segmentation/val.txt": ids[:1], sbd / "train.txt": ids[1:4], sbd / "val.txt": ids[4:]}.items(): path.write_text("\n".join(part) + "\n")
+    for path, part in {voc / "ImageSets/Segmentation/train.txt": ids[:1], voc / "ImageSets/Segmentation/val.txt": ids[:1],
+                       sbd / "train.txt": ids[1:4], sbd / "val.txt": ids[4:]}.items():
+        path.write_text("\n".join(part) + "\n")
     assert S.sbd_to_masks(sbd, voc, progress=False) == S.Converted(6, 0, [])
     for i in ids:
         a, b = read_mask(coco_mini / f"SegmentationClass/{i}.png", 20), read_mask(voc / f"SegmentationClassAug/{i}.png", 20)

@@ -13,6 +13,7 @@ from adcam.data import TrainViews, normalized, to_tensor
 from adcam.deeplab import pixel_loss
 from adcam.devices import precision
 from adcam.pipeline import load_result
+from adcam.reproduce import measured_speeds
 from adcam.scenes import Scenes
 from adcam.seeds import batch_maps, check_seeds, extract, extract_dataset, load_seed, merge, view, view_maps, view_pixels, view_size
 
@@ -97,6 +98,16 @@ def test_no_count_of_a_gpus_work_is_above_the_committed_one(on_paper):
     committed = {r["name"]: r["value"] for r in load_result("counts", ROOT / "results/bench")["rows"]}
     assert {name for name, _ in on_paper.items()} == set(committed)
     assert {name: value for name, (value, _, _) in on_paper.items() if value > committed[name]} == {}
+
+
+def test_the_gpu_bench_measures_all_that_the_estimate_of_hours_reads(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tools/bench")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    gpu = importlib.import_module("gpu")
+    rows = [dict(name=r["name"], value=1., status="measured") for r in gpu.ROWS]
+    assert len({r["name"] for r in rows}) == len(rows)
+    for arithmetic in ("fp32", "bf16"):
+        assert set(measured_speeds(dict(rows=rows), arithmetic).values()) >= {.001, 1.}
 
 
 def test_nothing_waits_for_the_device_in_a_batch_of_seeds_or_a_step_of_a_training(on_paper):
@@ -392,3 +403,27 @@ def test_a_loss_that_is_no_number_is_found_also_when_it_comes_late(monkeypatch):
     monkeypatch.setattr(classifier.Late, "__init__", lambda self, values: (late(self, values * float("nan")), setattr(self, "event", Event()))[0])
     with pytest.raises(FloatingPointError, match="the loss became .*nan.*lower the learning rates"):
         small_training()
+
+
+def test_one_operation_for_all_weights_trains_the_same_network_and_a_stopped_run_goes_on_with_it(monkeypatch, tmp_path):
+    "On a GPU the optimizer is fused; on a CPU, where it is not, it is so here"
+    from adcam import training
+    from adcam.classifier import TrainConfig, train
+
+    def run(out=None, callback=None):
+        torch.manual_seed(0)
+        net = conformer_mini(10)
+        train(net, Scenes("train", 4, 64), TrainConfig(epochs=2, batch=2, crop=48, resize=None), out=out, callback=callback, progress=False, device="cpu")
+        return torch.cat([v.flatten().double() for v in net.state_dict().values()])
+
+    def stop(net, done, history):
+        if done == 1:
+            raise KeyboardInterrupt
+
+    plain = run()
+    monkeypatch.setattr(training, "_one_kernel", lambda optimizer: [g.update(fused=True) for g in optimizer.param_groups])
+    fused = run()
+    torch.testing.assert_close(fused, plain, rtol=1e-3, atol=1e-4)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, stop)
+    assert torch.equal(run(tmp_path), fused)

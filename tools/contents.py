@@ -14,6 +14,9 @@ from pathlib import Path
 NBS = Path(__file__).resolve().parent.parent / "nbs"
 MODULE = re.compile(r"^#\|\s*default_exp\s+(\S+)", re.M)
 PLUMBING = re.compile(r"_(check|read|write|open|load|save|settings|run_settings)(_\w+)?$")  # private functions that a reader may skip
+MACHINERY = set("""_choice _checks _later _job _pair Pool _in_time chunks _boundaries _plain _sweeps _chunk _chunks _fixed _KEEP write_recipe_log
+    _tensor _as_given _pictures _kernels BACKENDS MAX_EXACT _pydensecrf _Difference _compare _is_head _size_name _FOREIGN _foreign _cause _in_words
+    _MMPRETRAIN _official_names _FULL _size _need_room _mark _why _sizes _Clock _files _step_cost _mask_costs""".split())  # behind an idea, not the idea
 
 
 def source(cell: dict) -> str:
@@ -49,13 +52,13 @@ def contents(path: Path, cells: list, homes: dict[str, str]) -> str:
 
 
 def is_plumbing(code: str) -> bool:
-    "Imports, tests' helpers that no page shows, and private functions that only check, read or write"
+    "Imports, tests' helpers that no page shows, private functions that only check, read or write, and named machinery"
     if re.match(r"#\|\s*(hide|default_exp)", code): return True
     if not re.match(r"#\|\s*export", code): return False
     def skippable(node):
         if isinstance(node, (ast.Import, ast.ImportFrom)): return True
-        if isinstance(node, ast.Assign): return getattr(node.targets[0], "id", "") == "_all_"
-        return isinstance(node, ast.FunctionDef) and bool(PLUMBING.match(node.name))
+        if isinstance(node, (ast.Assign, ast.AnnAssign)): return getattr(node.targets[0] if isinstance(node, ast.Assign) else node.target, "id", "") in MACHINERY | {"_all_"}
+        return isinstance(node, (ast.FunctionDef, ast.ClassDef)) and (node.name in MACHINERY or bool(PLUMBING.match(node.name)))
     return all(map(skippable, ast.parse(code).body))
 
 

@@ -145,7 +145,9 @@ def slide_types(cells: list[dict]) -> list[dict]:
     "Cells with the kind of slide that each begins: a heading opens a slide, and what follows it goes along."
     out = []
     for cell in cells:
-        if cell["cell_type"] == "markdown": parts = [(t, "slide" if t.startswith("#") else "-") for t in re.split(r"^(?=##? )", source(cell), flags=re.M) if t.strip()]
+        if cell["cell_type"] == "markdown":
+            cell = dict(cell, source=re.sub(r"\[([^\]]*)\]\([^)]*\.ipynb[^)]*\)", r"\1", source(cell)))  # no notebook lies beside a deck
+            parts = [(t, "slide" if t.startswith(("#", "**After these")) else "-") for t in re.split(r"^(?=##? )", source(cell), flags=re.M) if t.strip()]
         elif "exercise" in tags(cell): parts = [(blanked(source(cell)), "-")]
         else:  # a check's picture would give the answer away
             parts = [(source(cell), "-" if is_kept(cell) and cell.get("outputs") and "check" not in tags(cell) else "skip")]
@@ -183,6 +185,8 @@ def slides(out: Path, reveal: Path, mathjax: Path) -> int:
     out.mkdir(parents=True, exist_ok=True)
     for name, folder, parts in (("reveal.js", reveal, ("dist", "plugin/notes")), ("mathjax", mathjax, ("es5",))):
         for part in parts: shutil.copytree(folder / part, out / name / part, dirs_exist_ok=True)
+    for css in (out / "reveal.js/dist/theme").glob("*.css"):  # themes ask for fonts; the browser's own will do
+        css.write_text(re.sub(r"@import url\(['\"]?https?:[^)]*\);?", "", css.read_text(encoding="utf-8")), encoding="utf-8")
     exporter = SlidesExporter(reveal_url_prefix="reveal.js")
     for path in lessons():
         nb = read(path)

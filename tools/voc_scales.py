@@ -21,6 +21,7 @@ from adcam.files import atomic_write
 from adcam.pipeline import Point, provenance, save_result, to_markdown
 from adcam.progress import tqdm
 from adcam.seeds import merge, positive_classes, view
+from adcam.voc_baselines import spread_order
 
 PAIR = "tf_efficientnet_lite0+vit_small_patch14_dinov2"
 PLAN = voc.Plan()
@@ -46,11 +47,6 @@ def options(argv=None):
     return a
 
 
-def spread(n: int) -> list[int]:
-    "0..n-1 in an order of which every beginning is spread over the whole"
-    return sorted(range(n), key=lambda i: (i * .6180339887) % 1)
-
-
 def rows_of(tokens: int, alone: int) -> dict[str, Point]:
     "Name and point; `share`: k grows with the view, as 50 does with the view at scale 1"
     k, T, share = PLAN.k, PLAN.T, max(1, round(PLAN.k * tokens / alone))
@@ -73,7 +69,7 @@ def view_maps(pair, sample, scale: float, alone: int) -> dict[str, np.ndarray]:
 
 def compute(a, pair, ds, began: float) -> None:
     "Maps of the photographs of a list that are missing, until the time is up"
-    for i in tqdm(spread(len(ds)), desc="views", unit="image", disable=not sys.stderr.isatty()):
+    for i in tqdm(spread_order(len(ds)), desc="views", unit="image", disable=not sys.stderr.isatty()):
         sample = None
         for scale in a.scales:
             path = a.work / f"{ds.ids[i]}-{scale:g}.npz"
@@ -83,16 +79,17 @@ def compute(a, pair, ds, began: float) -> None:
             started, alone = time.process_time(), np.prod(view(sample.image, 1., pair.stride).shape[-2:]) // pair.stride**2
             maps = view_maps(pair, sample, scale, int(alone))
             atomic_write(path, lambda f: np.savez(f, cpu=time.process_time() - started, **maps))  # noqa: B023, called at once
-        print(f"{ds.ids[i]} {time.process_time() - began:.0f} CPU-s", file=sys.stderr, flush=True)
+        if sample: print(f"{ds.ids[i]} {time.process_time() - began:.0f} CPU-s", file=sys.stderr, flush=True)
 
 
-def count(a, ds) -> tuple[dict, int, dict]:
-    "{(views, row): Sweep} of the photographs that have all their views, how many there are, CPU seconds of each scale"
-    sweeps, n, spent = {}, 0, {s: [] for s in a.scales}
+def count(a, ds) -> tuple[dict, list, dict]:
+    "{(views, row): Sweep} of the photographs that have all their views, their ids, CPU seconds of every view by scale"
+    sweeps, ids, spent = {}, [], {s: [] for s in a.scales}
     for i in range(len(ds)):
         paths = {s: a.work / f"{ds.ids[i]}-{s:g}.npz" for s in a.scales}
         if not all(p.exists() for p in paths.values()): continue
-        n, sample = n + 1, ds[i]
+        sample = ds[i]
+        ids.append(sample.id)
         found = {s: dict(np.load(p)) for s, p in paths.items()}
         for s, z in found.items(): spent[s].append(float(z.pop("cpu")) / 2)       # of one of the two views
         first = a.scales[0]
@@ -101,7 +98,7 @@ def count(a, ds) -> tuple[dict, int, dict]:
             for what, maps in views.items():
                 _, full = merge([torch.from_numpy(m) for m in maps], sample.image.shape[:2])
                 sweeps.setdefault((what, name), Sweep(len(ds.classes), PLAN.thresholds)).update(full.numpy(), np.flatnonzero(sample.label), sample.mask)
-    return sweeps, n, {f"{s:g}": float(np.mean(t)) for s, t in spent.items() if t}
+    return sweeps, ids, {f"{s:g}": t for s, t in spent.items()}
 
 
 def main(argv=None) -> int:
@@ -117,13 +114,16 @@ def main(argv=None) -> int:
     (report, choose), rows = a.lists, []
     for n, other in ((report, choose), (choose, report)):
         for (what, name), sweep in counted[n][0].items():
-            rows += [dict(split=n, n=counted[n][1], views=what, row=name, **{v: r[v] for v in ("rule", "t", "miou", "fp", "fn")}) for r in side_by_side(sweep, counted[other][0][what, name])]
+            rows += [dict(split=n, n=len(counted[n][1]), views=what, row=name, **{v: r[v] for v in ("rule", "t", "miou", "fp", "fn")}) for r in side_by_side(sweep, counted[other][0][what, name])]
     settings = dict(network=a.network, scales=a.scales, k=PLAN.k, T=PLAN.T, blocks="half", chosen="each list at the threshold that the other one prefers", device="CPU, one thread")
     origin = provenance(seeds=[0], settings=settings, data={n: ds.fingerprint() for n, ds in lists.items()}, checkpoints=[f for f in (a.cnn_weights, a.vit_weights, a.trained) if f],
                         seconds=time.process_time() - began)
-    path = save_result("scales", rows, a.out or "results/voc", origin, photographs={n: c[1] for n, c in counted.items()}, cpu_seconds_of_a_view=counted[report][2])
+    spent = {s: [t for c in counted.values() for t in c[2][s]] for s in counted[report][2]}
+    of_a_view = {s: round(float(np.mean(t)), 2) for s, t in spent.items()}
+    path = save_result("scales", rows, a.out or "results/voc", origin, photographs={n: c[1] for n, c in counted.items()}, cpu_seconds_of_a_view=of_a_view,
+                       cpu_seconds=round(2 * sum(map(sum, spent.values()))))
     print(to_markdown([r | {v: f"{100 * r[v]:.1f}" for v in ("miou", "fp", "fn")} for r in rows if (r["split"], r["rule"]) == (report, "fixed")]))
-    print(json.dumps(counted[report][2]), path)
+    print(json.dumps(of_a_view), path)
     return 0
 
 

@@ -91,9 +91,10 @@ def ask(
         raise Stopped(f"{name} stops with {type(error).__name__}{_where(f, error)}: {_first_line(error)}") from None
     if got is ... or isinstance(got, (tuple, list)) and any(x is ... for x in got): raise Empty(BLANK.format(name))
     if got is None: raise Wrong(f"{name} returns None: is its `return` missing?")
+    known = f.__code__.co_varnames[:f.__code__.co_argcount] if hasattr(f, "__code__") else ()
     for i, (before, after) in enumerate(zip(args, given)):
         if _unlike(before, after):
-            what = f"`{list(inspect.signature(f).parameters)[i]}`"
+            what = f"`{known[i]}`" if i < len(known) else f"number {i + 1}"
             raise Wrong(f"{name} writes into its argument {what}, and the notebook's own {what} would change with it: make a new one")
     return got
 

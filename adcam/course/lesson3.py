@@ -30,7 +30,6 @@ def check_bce(bce):
     expect(near(large, 200, 1e-3), "right for small logits, but a confident mistake (z = -200, y = 1) should cost 200")
     expect(isinstance(told, torch.Tensor) and told.requires_grad, "the value is right, but it has lost its graph (`item`, `detach`): nothing could be learned from it")
 
-
 # %% ../../nbs/course/lesson3.ipynb #edcc1468
 @exercise("3.2", "Each branch has to be right by itself; none can hide behind the other.", instead=("MultiLabel",))
 def check_both(both):
@@ -48,7 +47,6 @@ def check_both(both):
     expect(near(got, F(a, y) + F(b, y)), "the value differs: one loss for each branch, both with the weight 1")
     expect(isinstance(told, torch.Tensor) and told.requires_grad, "the value is right, but it has lost its graph (`item`, `detach`): nothing could be learned from it")
     expect(all(g is not None and g.any() for g in torch.autograd.grad(told, (a_, b_), allow_unused=True)), "the value is right, but one branch gets no gradient: it would never learn")
-
 
 # %% ../../nbs/course/lesson3.ipynb #339fdcdc
 @exercise("3.3", "Forward everything passes; backward the other branch is out of reach, and the unit still learns.")

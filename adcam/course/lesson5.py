@@ -33,7 +33,6 @@ def check_loss(loss):
     expect(near(got, right), "the value differs: cross-entropy of the labeled pixels, divided by how many they are")
     expect(isinstance(told, torch.Tensor) and told.requires_grad, "the value is right, but it has lost its graph (`item`, `detach`): nothing could be learned from it")
 
-
 # %% ../../nbs/course/lesson5.ipynb #1301ec77
 @exercise("5.2", "With ten wrong labels to choose from, the right one wins as long as fewer than ten of eleven pixels are wrong.")
 def check_limit(limit):
@@ -82,4 +81,3 @@ def check_miou(miou):
     expect(not near(got, iou[1:].mean()) and not near(got, iou[1:3].mean()), "the background is a class, too; its IoU belongs into the mean")
     expect(not near(got, 100 * iou.mean(), 1e-4), "right, but in percent; asked is a share")
     expect(near(got, iou.mean(), 1e-4), "the value differs: diagonal, divided by row sum plus column sum minus diagonal")
-

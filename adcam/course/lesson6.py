@@ -24,7 +24,6 @@ def check_background(background):
     expect(near(got, b, 1e-3), f"values differ: for the row AD-CAM it should be between {b - 1:.0f} and {b + 1:.0f}")
     expect(near(number(ask(background, 40., 30., 20., 80)), 81 * 40 - 80 * 50, 1e-3), "right for the 20 classes of VOC, but wrong for the 80 of COCO: K is an argument")
 
-
 # %% ../../nbs/course/lesson6.ipynb #e69f1fb4
 def made_up() -> list:  # rows like those of table3.json
     "Rows with known differences"
@@ -65,7 +64,6 @@ def check_paired(paired):
     other = ask(paired, {7: 50., 4: 54.}, {4: 52., 9: 45.})
     expect(len(other) == 1 and list(other) == [2], "right for the seeds 0, 1 and 2, but not for others: which seeds there are stands in the dictionaries")
 
-
 # %% ../../nbs/course/lesson6.ipynb #ffdf6d0a
 @exercise("6.4", "A rule that was fixed beforehand cannot be bent by what one would like to see.", instead=("verdict",))
 def check_verdict(verdict):
@@ -83,7 +81,6 @@ def check_verdict(verdict):
     expect(says(2.7, 4., 1.3) == "not seen", "+2.7, +4.0, +1.3: with the divisor n instead of n - 1 the spread of three numbers comes out too small")
     expect(says(.9) == "not seen" and says(1.2) == "confirmed", "with a single difference the margin is 1 point")
     expect(says(1.) == "confirmed" and says(-1.) == "contradicted", "a mean that *equals* the margin is enough")
-
 
 # %% ../../nbs/course/lesson6.ipynb #3eb45425
 @exercise("6.5", "Two of three sentences are contradicted by the table that they describe.")
