@@ -277,7 +277,7 @@ class Late:
         if self.event is not None: self.event.synchronize()
         return self.values.tolist()
 
-# %% ../nbs/03b_training.ipynb #bb6b1504
+# %% ../nbs/03b_training.ipynb #5e1c07a9
 def _check_losses(values: dict, step: int, remedy: Callable) -> None:
     "A loss that is no number ends the training, in words"
     if not all(map(math.isfinite, values.values())): raise FloatingPointError(f"the loss became {values} in step {step}; {remedy()}")
@@ -287,6 +287,7 @@ def _one_kernel(optimizer):
     for g in optimizer.param_groups:
         if "fused" in g and all(p.is_cuda for p in g["params"]): g["fused"] = True
 
+# %% ../nbs/03b_training.ipynb #bb6b1504
 def take_steps(
     acc: Accelerator,
     optimizer: torch.optim.Optimizer,
