@@ -246,15 +246,16 @@ def panel(
 # %% ../nbs/00_viz.ipynb #06660b21
 def _small(
     raw: bytes,         # a picture file
-    width: int = 1100   # pixels at most
+    width: int = 800    # pixels, about: as wide as it is shown
 ) -> tuple:             # "png" or "jpeg", bytes, pixels wide
-    "A picture for a notebook: a palette PNG for a drawing, JPEG for a photograph, whichever is smaller."
+    "A picture for a notebook: a palette PNG for a drawing; JPEG for a photograph or a scene, which a palette would spoil."
     image = Image.open(io.BytesIO(raw)).convert("RGB")
-    if image.width > width: image = image.resize((width, round(image.height * width / image.width)), Image.Resampling.LANCZOS)
-    image.quantize(64).save(png := io.BytesIO(), "png", optimize=True)
-    image.save(jpeg := io.BytesIO(), "jpeg", quality=82)
-    kind, file = min(("png", png), ("jpeg", jpeg), key=lambda f: f[1].tell())
-    return kind, file.getvalue(), image.width
+    drawing = image.getcolors(10_000) is not None          # lines and letters have few colors
+    if image.width > 1.1 * width: image = image.resize((width, round(image.height * width / image.width)), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    if drawing: image.quantize(64).save(file, "png", optimize=True)
+    else: image.save(file, "jpeg", quality=72)
+    return "png" if drawing else "jpeg", file.getvalue(), image.width
 
 # %% ../nbs/00_viz.ipynb #9dd8038d
 class Result:

@@ -10,6 +10,14 @@ matplotlib.use("Agg")
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def load_script(path: Path):
+    "A Python file outside the package as a module"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     "The project folder, where settings.ini lies."
@@ -27,13 +35,13 @@ def golden() -> Path:
 @pytest.fixture(scope="session")
 def golden_rules(golden):
     "The generators of every golden input: `golden_rules('rules_conformer')`, `golden_rules('irn/rules')`."
-    def load(name: str):
-        path = golden / f"{name}.py"
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-    return load
+    return lambda name: load_script(golden / f"{name}.py")
+
+
+@pytest.fixture(scope="session")
+def voc_measure():
+    "tools/voc_measure.py as a module"
+    return load_script(ROOT / "tools/voc_measure.py")
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ import book  # noqa: E402
 import outcome  # noqa: E402
 import quotes  # noqa: E402
 
+TEXTS = [p for p in (*ROOT.glob("tests/**/*.md"), *ROOT.glob("tests/*.py"), *ROOT.glob("tools/**/*.py"), *ROOT.glob("configs/*")) if p.name != "test_book.py"]
 PAGES = [*NOTEBOOKS, ROOT / "README.md", ROOT / "DEPARTURES.md"]
 LINK = re.compile(r"(?<!\\)\]\(([^()\s]+(?:\([^()]*\))?)\)|(?:src|href)=\"([^\"]+)\"")
 PHANTOM = re.compile(r"\bspec [A-Z]\.?\d|\bspec/\w|\bbaselines? \d+\.\d|\bspecification, section|\bThe issue asks|(?<![\w.])[AB]\.\d{1,2}(?![\w.])")
@@ -203,7 +204,7 @@ def test_broken_links_are_found(tmp_path):
     assert broken(page) == ["#b", "x.ipynb"]
 
 
-@pytest.mark.parametrize("path", [*PAGES, *EXPORTED], ids=name_of)
+@pytest.mark.parametrize("path", [*PAGES, *EXPORTED, *TEXTS], ids=name_of)
 def test_no_reference_to_a_document_that_readers_do_not_have(path):
     text = path.read_text(encoding="utf-8")
     assert not PHANTOM.search(text), PHANTOM.search(text)[0]

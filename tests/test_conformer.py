@@ -1,9 +1,10 @@
 """adcam.conformer against the numbers of the official implementation, and its switches and errors."""
-import importlib.util, json, os
+import json, os
 from functools import cache
 from pathlib import Path
 
 import numpy as np, pytest, torch
+from conftest import load_script
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
@@ -18,10 +19,7 @@ VARIANT_OF = dict(ti="tiny", s="small", b="base")
 
 @cache
 def rules():
-    spec = importlib.util.spec_from_file_location("rules_conformer", GOLDEN/"rules_conformer.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(GOLDEN/"rules_conformer.py")
 
 
 @cache

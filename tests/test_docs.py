@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, load_script
 from packaging.requirements import Requirement
 from test_browser import CHROMIUM, FLAGS
 
@@ -46,10 +46,7 @@ def site(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def build():
-    spec = importlib.util.spec_from_file_location("build", ROOT / "docs/build.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(ROOT / "docs/build.py")
 
 
 @needs_sphinx

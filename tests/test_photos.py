@@ -1,24 +1,21 @@
 "Real photographs: weight converters, what the notebook refuses, and what the committed numbers say"
-import importlib.util, os, re, subprocess, sys, zipfile
+import os, re, subprocess, sys, zipfile
 from pathlib import Path
 import numpy as np
 import pytest
 import timm
 import torch
+from conftest import ROOT, load_script
 from safetensors.torch import load_file
 from adcam.branches import TwoBranch
 from adcam.pipeline import load_result, to_csv
 
-ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK, RESULTS = ROOT / "nbs/paper/photos.ipynb", ROOT / "results/photos"
 
 
 @pytest.fixture(scope="module")
 def convert():
-    spec = importlib.util.spec_from_file_location("convert", ROOT / "tools/weights/convert.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(ROOT / "tools/weights/convert.py")
 
 
 # ---- a tiny ONNX file, written by hand
@@ -40,7 +37,7 @@ def node(name, inputs): return entry(1, b"".join(entry(1, i.encode()) for i in i
 
 
 def onnx_of(vit, packed=False):
-    "The weights of a timm ViT under the names of the ONNX file (spec/photos.md)"
+    "The weights of a timm ViT under the names of the ONNX file"
     w, parts, count = {k: v.numpy() for k, v in vit.state_dict().items()}, [], iter(range(9999))
     def matrix(where, a):
         name = f"onnx::MatMul_{next(count)}"

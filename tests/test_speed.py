@@ -1,10 +1,10 @@
 """What makes a GPU fast can be checked without one: how many operations a view starts, that none of them waits, and that every fast way gives the numbers of the slow one."""
-import importlib.util
-from pathlib import Path
+import importlib
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, load_script
 
 from adcam import conformer
 from adcam.cam import ad_cam, att_diffu, cam_map, checks_later, trans_cam, ts_cam
@@ -18,10 +18,7 @@ from adcam.scenes import Scenes
 from adcam.seeds import batch_maps, check_seeds, extract, extract_dataset, load_seed, merge, view, view_maps, view_pixels, view_size
 
 
-ROOT = Path(__file__).parents[1]
-spec = importlib.util.spec_from_file_location("counts", ROOT / "tools/bench/counts.py")
-counts = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(counts)
+counts = load_script(ROOT / "tools/bench/counts.py")
 Operations = counts.Operations
 
 

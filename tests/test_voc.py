@@ -1,5 +1,4 @@
 """PASCAL VOC with public networks: the way from photographs to tables, tried with drawn scenes and tiny random networks."""
-import importlib.util
 import json
 import os
 import shutil
@@ -19,18 +18,10 @@ from conftest import ROOT
 
 
 @pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("voc_measure", ROOT / "tools/voc_measure.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def measured(tool, tmp_path_factory):
+def measured(voc_measure, tmp_path_factory):
     "All steps at their smallest"
     top = tmp_path_factory.mktemp("voc")
-    tool.main(["all", "masks", "segment", "--tiny", "--device", "cpu", "--processes", "1", "--chunk", "3", "--every", "1", "--rows", "2",
+    voc_measure.main(["all", "masks", "segment", "--tiny", "--device", "cpu", "--processes", "1", "--chunk", "3", "--every", "1", "--rows", "2",
                "--work", str(top / "work"), "--out", str(top / "out")])
     return top
 
@@ -45,10 +36,10 @@ def test_every_step_says_its_seconds(measured):
     assert all(s["seconds"] > 0 for s in steps)
 
 
-def test_a_second_run_computes_nothing_again(tool, measured):
+def test_a_second_run_computes_nothing_again(voc_measure, measured):
     before = {p: p.stat().st_mtime_ns for p in (measured / "work").rglob("*.npz")} | {p: p.stat().st_mtime_ns
         for p in (measured / "work").glob("*.safetensors")}
-    tool.main(["train", "count", "--tiny", "--device", "cpu", "--processes", "1", "--chunk", "3", "--work", str(measured / "work"),
+    voc_measure.main(["train", "count", "--tiny", "--device", "cpu", "--processes", "1", "--chunk", "3", "--work", str(measured / "work"),
                "--out", str(measured / "again")])
     assert {p: p.stat().st_mtime_ns for p in before} == before
     a, b = (np.load(measured / folder / "frozen-val.npz") for folder in ("out", "again"))

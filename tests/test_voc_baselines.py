@@ -1,5 +1,4 @@
 """Rows that need more than one look, on drawn scenes with tiny random networks: which photographs, what a stopped run leaves, and what a lead is."""
-import importlib.util
 import json
 
 import numpy as np
@@ -11,25 +10,16 @@ from hypothesis import strategies as st
 from adcam.evaluation import Sweep, side_by_side
 from adcam.pipeline import upsample
 from adcam.voc_baselines import ROWS, Counted, lead_interval, spread_order
-from conftest import ROOT
 
 ROUND = ["--tiny", "--device", "cpu", "--processes", "1", "--seeds", "0", "--epochs", "1", "--chunk", "1", "--few", "2,2", "--more", "2,2"]
 EFFORT = ["--effort", "learn=2,advcam=2,rib_steps=2,rib_others=1,rib_crop=32,channels=2,recam_steps=3,seam_epochs=1,seam_crop=64,oaa_epochs=2,integral_epochs=1,crop=64,affinity=2,affinity_epochs=1,affinity_crop=96,batch=2"]
 
 
 @pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("voc_measure", ROOT / "tools/voc_measure.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def measured(tool, tmp_path_factory):
+def measured(voc_measure, tmp_path_factory):
     "A network, and all rows on two photographs of each list"
     top = tmp_path_factory.mktemp("rows")
-    tool.main(["train", "baselines", *ROUND, *EFFORT, "--vit-rates", "", "--work", str(top / "work"), "--out", str(top / "out")])
+    voc_measure.main(["train", "baselines", *ROUND, *EFFORT, "--vit-rates", "", "--work", str(top / "work"), "--out", str(top / "out")])
     return top
 
 
@@ -61,7 +51,7 @@ def test_cam_has_no_lead_over_itself(measured):
     assert {r["lead"] for r in body(measured)["rows"] if r["row"] == "CAM"} == {0.}
 
 
-def test_cam_is_scored_as_the_masks_score_it(measured, tool):
+def test_cam_is_scored_as_the_masks_score_it(measured, voc_measure):
     "`Sweep` on the kept maps gives the numbers of the table, up to half precision"
     from adcam.data import VOCFolder
     lists = {n: VOCFolder(measured / "work/voc", n) for n in ("val", "train")}
@@ -78,24 +68,24 @@ def test_cam_is_scored_as_the_masks_score_it(measured, tool):
     assert found == pytest.approx(expected, abs=2e-3)
 
 
-def test_a_stopped_run_goes_on(measured, tool):
+def test_a_stopped_run_goes_on(measured, voc_measure):
     "One file is gone: only this one is made again, and equals the lost one"
     files = sorted((measured / "work/baselines/rows").rglob("*.npz"))
     lost = next(p for p in files if p.parent.name == "PCM")
     before, kept = {k: v for k, v in np.load(lost).items() if "seconds" not in k}, {p: p.stat().st_mtime_ns for p in files if p != lost}
     lost.unlink()
-    tool.main(["baselines", *ROUND, *EFFORT, "--work", str(measured / "work"), "--out", str(measured / "out")])
+    voc_measure.main(["baselines", *ROUND, *EFFORT, "--work", str(measured / "work"), "--out", str(measured / "out")])
     assert all((np.load(lost)[k] == v).all() for k, v in before.items()) and {p: p.stat().st_mtime_ns for p in kept} == kept
 
 
-def test_no_time_leaves_everything_and_says_so(tool, measured, tmp_path):
-    tool.main(["train", "baselines", *ROUND, *EFFORT, "--vit-rates", "", "--seconds", "-1", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")])
+def test_no_time_leaves_everything_and_says_so(voc_measure, measured, tmp_path):
+    voc_measure.main(["train", "baselines", *ROUND, *EFFORT, "--vit-rates", "", "--seconds", "-1", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")])
     told = body(tmp_path)
     assert told["rows"] == [] and told["steps"][0]["left"] == 4 * len(ROWS) - 2   # OAA and OAA+ have one photograph of the second list
 
 
-def test_an_unknown_row_is_refused(tool, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop: tool.main(["baselines", *ROUND, "--only", "PCM;CAMM", "--work", str(tmp_path), "--out", str(tmp_path)])
+def test_an_unknown_row_is_refused(voc_measure, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop: voc_measure.main(["baselines", *ROUND, "--only", "PCM;CAMM", "--work", str(tmp_path), "--out", str(tmp_path)])
     assert stop.value.code == 2 and "CAMM: no such row" in capsys.readouterr().err
 
 
