@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['app', 'Data', 'Split', 'Images', 'Device', 'Precision', 'data_app', 'AnySize', 'Processes', 'Where', 'Network',
-           'Weights', 'CnnWeights', 'VitWeights', 'TrainingSeed', 'Coupled', 'OnlyEstimate', 'Anyway', 'CnnName',
-           'ImageNet', 'irnet_app', 'Recipe', 'AllCores', 'SmallBackbone', 'Pair', 'segment_app', 'SegNet',
-           'SegProfile', 'Backbone', 'Pictures', 'Overlay', 'ClassesWanted', 'BothNames', 'Trained', 'ClassNames',
-           'Layers', 'Threshold', 'MaskFolder', 'MapFolder', 'main', 'version', 'scenes', 'Kind', 'Published', 'check',
-           'get', 'convert', 'weights', 'profile', 'seeds', 'seeds_check', 'seeds_merge', 'evaluate', 'show', 'Form',
-           'export_command', 'import_command', 'train', 'train_heads', 'train_cam_command', 'train_recam_command',
-           'train_seam_command', 'train_oaa_command', 'irnet_labels', 'irnet_train', 'irnet_masks', 'crf',
-           'segment_train', 'segment_predict', 'whole_run', 'own_masks', 'explain', 'checkpoints', 'paper', 'bench']
+           'Weights', 'CnnWeights', 'VitWeights', 'Workers', 'DetachAfter', 'TrainingSeed', 'Coupled', 'OnlyEstimate',
+           'Anyway', 'CnnName', 'ImageNet', 'irnet_app', 'Recipe', 'AllCores', 'SmallBackbone', 'Pair', 'segment_app',
+           'SegNet', 'SegProfile', 'Backbone', 'Pictures', 'Overlay', 'ClassesWanted', 'BothNames', 'Trained',
+           'ClassNames', 'Layers', 'Threshold', 'MaskFolder', 'MapFolder', 'main', 'version', 'scenes', 'Kind',
+           'Published', 'check', 'get', 'convert', 'weights', 'profile', 'seeds', 'seeds_check', 'seeds_merge',
+           'evaluate', 'show', 'Form', 'export_command', 'import_command', 'train', 'train_heads', 'train_cam_command',
+           'train_recam_command', 'train_seam_command', 'train_oaa_command', 'irnet_labels', 'irnet_train',
+           'irnet_masks', 'crf', 'segment_train', 'segment_predict', 'whole_run', 'own_masks', 'explain', 'checkpoints',
+           'paper', 'bench']
 
 # %% ../nbs/14_cli.ipynb #e9194bbd
 import contextlib
@@ -224,6 +225,8 @@ Network = Annotated[str, typer.Option(help="A Conformer (mini, tiny, small, base
 Weights = Annotated[Optional[Path], typer.Option(help="File of trained weights; the shipped ones of conformer_mini or resnet_mini if not given.")]
 CnnWeights = Annotated[Optional[Path], typer.Option("--cnn-weights", help="Of a pair: pre-trained file of the CNN.")]
 VitWeights = Annotated[Optional[Path], typer.Option("--vit-weights", help="Of a pair: pre-trained file of the ViT.")]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that prepare views.")]
+DetachAfter = Annotated[str, typer.Option(help="Last layer that is not trained: layer2 (IRN), bn1 (AdvCAM, ReCAM).")]
 TrainingSeed = Annotated[int, typer.Option("--seed", help="Which of the shipped networks: 0, 1 or 2.")]
 Coupled = Annotated[bool, typer.Option("--coupled", help="The shipped network trained without stop-gradient.")]
 
@@ -620,7 +623,7 @@ def train(
     sync_bn: Annotated[bool, typer.Option("--sync-bn/--no-sync-bn", help="BatchNorm statistics of the whole batch, if there are several processes.")] = True,
     accumulate: Annotated[int, typer.Option(min=1, help="Parts into which a process cuts its share of a batch.")] = 1,
     hold_out: Annotated[bool, typer.Option("--hold-out", help="Keep a fifth of the images out of the training and judge the classifier on it.")] = False,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that prepare views.")] = 0,
+    workers: Workers = 0,
 ) -> None:
     "Train the two branches on image labels. One loss each; a run that was stopped continues."
     from adcam.networks import save_trained, train_network
@@ -699,9 +702,9 @@ def train_cam_command(
     batch: Annotated[int, typer.Option(min=1, help="Images per step over all processes.")] = 16,
     lr_backbone: Annotated[float, typer.Option(help="Learning rate of the pre-trained layers.")] = 0.1,
     lr_head: Annotated[float, typer.Option(help="Learning rate of the classifier.")] = 1.0,
-    detach_after: Annotated[str, typer.Option(help="Last layer that is not trained: layer2 (IRN), bn1 (AdvCAM, ReCAM).")] = "layer2",
+    detach_after: DetachAfter = "layer2",
     seed: TrainingSeed = 0,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that prepare views.")] = 0,
+    workers: Workers = 0,
     precision: Precision = "fp32", device: Device = "auto",
 ) -> None:
     "Train a CAM network on image labels by IRN's recipe (resnet_mini: by the recipe of Scenes). A run that was stopped continues."
@@ -731,7 +734,7 @@ def train_recam_command(
     crop: Annotated[Optional[int], typer.Option(min=16, help="Side of a training view in pixels.")] = None,
     ce_weight: Annotated[float, typer.Option(help="Weight of the softmax loss: 1 for VOC, 0.1 for COCO.")] = 1.,
     seed: TrainingSeed = 0,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that prepare views.")] = 0,
+    workers: Workers = 0,
     precision: Precision = "fp32", device: Device = "auto",
 ) -> None:
     "ReCAM: train the second classifier of a trained network. Its weights are read by `adcam seeds --method recam`."
@@ -761,7 +764,7 @@ def train_seam_command(
     crop: Annotated[Optional[int], typer.Option(min=16, help="Side of a training view in pixels.")] = None,
     head_only: Annotated[bool, typer.Option("--head-only", help="The network stands still, only the new head learns.")] = False,
     seed: TrainingSeed = 0,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that prepare views.")] = 0,
+    workers: Workers = 0,
     precision: Precision = "fp32", device: Device = "auto",
 ) -> None:
     "SEAM: go on training a CAM network so that maps follow the picture. Its weights are read by `adcam seeds --method seam`."
@@ -788,9 +791,9 @@ def train_oaa_command(
     batch: Annotated[Optional[int], typer.Option(min=1, help="Images per step; 16, and 5 of OAA+ on photographs, if not given.")] = None,
     crop: Annotated[Optional[int], typer.Option(min=16, help="Side of a training view in pixels.")] = None,
     rule: Annotated[str, typer.Option(help="How maps are collected: max, caffe_max, caffe_ave or caffe_harm.")] = "max",
-    detach_after: Annotated[str, typer.Option(help="Last layer that is not trained: layer2 (IRN), bn1.")] = "layer2",
+    detach_after: DetachAfter = "layer2",
     seed: TrainingSeed = 0,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that prepare views.")] = 0,
+    workers: Workers = 0,
     precision: Precision = "fp32", device: Device = "auto",
 ) -> None:
     "OAA: collect the maps of a classifier while it learns, and train a network on them (OAA+). A run that was stopped continues."
@@ -906,7 +909,7 @@ def irnet_train(
     crop: Annotated[Optional[int], typer.Option(min=4, help="Side of a view in pixels, a multiple of 4.")] = None,
     radius: Annotated[Optional[int], typer.Option(min=1, help="Pairs of cells closer than this.")] = None,
     momentum: Annotated[Optional[float], typer.Option(help="Real momentum; not given: none to speak of, as in official IRN.")] = None,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that prepare views.")] = 0,
+    workers: Workers = 0,
     precision: Precision = "fp32", device: Device = "auto",
 ) -> None:
     "Train IRNet on IR labels. A run that was stopped continues; several GPUs by `accelerate launch -m adcam.cli irnet train ...`."
@@ -1087,7 +1090,7 @@ def segment_train(
     change: Annotated[Optional[list[str]], typer.Option("--set", help="name=value of a setting of SegConfig, such as balanced=true; may be given several times.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the new layers, order and views.")] = 0,
     precision: Annotated[Optional[str], typer.Option(help="fp32, tf32, bf16 or fp16 (GPU); the recipe's if not given.")] = None, device: Device = "auto",
-    workers: Annotated[int, typer.Option(min=0, help="Processes that prepare views.")] = 0,
+    workers: Workers = 0,
     restart: Annotated[bool, typer.Option("--restart", help="Do not continue an unfinished run, start it again.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a finished run, or one with other settings.")] = False,
 ) -> None:
@@ -1423,7 +1426,7 @@ def checkpoints(
     log: Annotated[Optional[Path], typer.Option(help="Folder for checkpoints.json, the log; results/mini if not given.")] = None,
     only: Annotated[Optional[str], typer.Option(help="conformer_mini or resnet_mini; both if not given.")] = None,
     pretrain_seeds: Annotated[str, typer.Option("--pretrain-seeds", help="Further seeds of step 1, each fine-tuned once (seed 0): the spread over pre-trainings. With --seeds '' nothing else is trained.")] = "",
-    workers: Annotated[int, typer.Option(min=0, help="Processes that prepare views.")] = 1,
+    workers: Workers = 1,
     device: Device = "auto",
     quick: Annotated[bool, typer.Option("--quick", help="Four tiny images, to try the way.")] = False,
 ) -> None:

@@ -283,6 +283,11 @@ def training_repeats(c):
     return checked(equal and continued and losses[0][-1] < 2 * losses[0][0], continued=continued, loss=[losses[0][0], losses[0][-1]], **details)
 
 
+def repeated(c, run):
+    equal, details = repeats(c, run)
+    return checked(equal, **details)
+
+
 @row("right: training of IRNet repeats bit for bit", 30, "pass")
 def irnet_repeats(c):
     from adcam.cnn import mini_path, resnet_mini
@@ -296,8 +301,7 @@ def irnet_repeats(c):
         train_irnet(net, ds, lambda s: s.mask, IRNetConfig(epochs=1, batch=n // 4, crop=64, radius=4, lr_edge=.01, lr_displacement=.01), progress=False)
         return net
 
-    equal, details = repeats(c, run)
-    return checked(equal, **details)
+    return repeated(c, run)
 
 
 @row("right: training of DeepLabV2 repeats bit for bit", 30, "pass")
@@ -313,8 +317,7 @@ def deeplab_repeats(c):
         train_segmentation(net, ds, lambda s: s.mask, SegConfig(iterations=4, batch=n // 4, accumulate=2, crop=48, lr=1e-3, check=1000), progress=False)
         return net
 
-    equal, details = repeats(c, run)
-    return checked(equal, **details)
+    return repeated(c, run)
 
 
 RANK = """
