@@ -32,6 +32,7 @@ from .networks import build_network, network_name
 from .photo import find_group, find_groups, imagenet_names
 from .pipeline import Profile, profiles
 from .run import RunResult, override, run, with_network
+from .voc_masks import label_thresholds
 from .training import device_of, untouched
 
 # %% ../nbs/13h_masks.ipynb #8bd067ec
@@ -365,9 +366,12 @@ def masks_profile(
     p = override(replace(base, name="masks", num_classes=num_classes, k_mode="ratio"), with_network(network))
     if what.kind == "pair":
         blocks = len(timm.create_model(what.vit).blocks)
-        p = replace(p, dataset="folder", direction="pull", k=75, steps=2, layers=max(1, blocks // 2), irn_displacement=False, irn_batch=4)   # masks need boundaries only; 32 views at once are more than 3 GB
-    usual = p.walk_background if refine == "irn" else THRESHOLDS[what.kind if what.kind == "pair" else "mini"]
-    return replace(p, walk_background=usual if threshold is None else threshold)
+        p = replace(p, dataset="folder", direction="pull", k=75, steps=2, layers=max(1, blocks // 2), irn_displacement=False, irn_batch=4, irn_epochs=6, irn_momentum=.9, irn_lr_edge=.05)   # masks need boundaries only; 32 views at once are more than 3 GB
+    usual = THRESHOLDS["pair"] if what.kind == "pair" else p.walk_background if refine == "irn" else THRESHOLDS["mini"]
+    t = usual if threshold is None else threshold
+    if what.kind != "pair": return replace(p, walk_background=t)
+    fg, bg = label_thresholds(t)       # IRN's 0.30 and 0.05 are for CAM, whose maps are cut at half the height
+    return replace(p, walk_background=t, label_fg=fg, label_bg=bg)
 
 # %% ../nbs/13h_masks.ipynb #8786ef59
 class Masks(NamedTuple):

@@ -18,7 +18,7 @@ import psutil
 import torch
 from torch import nn
 from . import conformer
-from .baselines.psa import PSA_MINI, SETTINGS as PSA_SETTINGS, AffinityConfig, AffinityNet, make_affinity_masks, make_affinity_scores, train_affinity
+from .baselines.psa import PSA_MINI, SETTINGS as PSA_SETTINGS, AffinityConfig, AffinityNet, make_affinity_masks, make_affinity_scores, power_at, train_affinity
 from .classifier import HeadsConfig, TrainConfig, cached_features, save_weights, train, train_heads, whole_image
 from .cnn import mini_path, resnet_mini
 from .cost import Cost, Estimate, approve, measure, memory_left, plan_probe, probe_seeds
@@ -461,8 +461,10 @@ def _by_irn(log: _Log, counted: Callable, p: Profile, ds: Any, out: Path, resnet
 
 def _by_psa(log: _Log, counted: Callable, p: Profile, ds: Any, out: Path, resnet: Any, seed: int, workers: int, progress: bool, device: str, precision: str, force: bool = False) -> tuple[Any, str]:
     "Scores of two CRFs, AffinityNet, its walk"
-    n, walk = len(ds), PSA_SETTINGS["scenes" if p.dataset == "scenes" else "psa"]
-    ds = log.rest(ds, log.stage("PSA scores", n, lambda: counted(make_affinity_scores, ds, out / "seeds", out / "psa_scores")))
+    n, walk, powers = len(ds), PSA_SETTINGS["scenes" if p.dataset == "scenes" else "psa"], {}
+    if (p.label_fg, p.label_bg) != (Profile.label_fg, Profile.label_bg):   # maps of another height than CAM's, for which PSA's powers are made
+        walk, powers = walk | dict(alpha=power_at(p.walk_background)), dict(low=power_at(p.label_fg), high=power_at(p.label_bg))
+    ds = log.rest(ds, log.stage("PSA scores", n, lambda: counted(make_affinity_scores, ds, out / "seeds", out / "psa_scores", **powers)))
     net = log.stage("AffinityNet", n, lambda: affinity_stage(p, ds, out, resnet, seed, workers, progress, device))
     masks = lambda: counted(make_affinity_masks, ds, out / "seeds", net.to(pick_device(device)), out / "pseudo_masks", force=force, **walk)
     return log.rest(ds, log.stage("pseudo masks", n, masks)), f"PSA, share {walk['threshold']}"

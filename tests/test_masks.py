@@ -410,3 +410,10 @@ def test_trainings_say_what_was_learned(tmp_path, capsys):
 def test_scores_without_masks_are_answered_in_words(photos, tmp_path, capsys):
     code, _, err = cli(capsys, "evaluate", tmp_path, "--data", photos)
     assert code == 2 and "has no masks" in err and "mAP" in err and "adcam show" in err
+
+
+@pytest.mark.parametrize("threshold", [None, .3, .7])
+def test_labels_of_a_walk_stand_on_both_sides_of_the_threshold(threshold):
+    p = masks_profile("test_resnet+test_vit", 3, "irn", threshold)
+    assert p.label_bg < p.walk_background < p.label_fg
+    assert threshold in (None, p.walk_background)

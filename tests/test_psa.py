@@ -10,7 +10,7 @@ from PIL import Image
 
 from adcam.baselines.psa import (FROZEN, AffinityConfig, AffinityHead, AffinityNet, AffinityTask, affinity_features, affinity_scores, background,
                                  confident_labels, feature_matrix, load_affinity,
-                                 load_scores, make_affinity_masks, make_affinity_scores, pair_affinity, psa_label, psa_loss, psa_shares, psa_walk,
+                                 load_scores, make_affinity_masks, make_affinity_scores, pair_affinity, power_at, psa_label, psa_loss, psa_shares, psa_walk,
                                  save_scores, train_affinity)
 from adcam.cnn import resnet_mini
 from adcam.conformer import conformer_mini
@@ -355,3 +355,9 @@ def test_the_walk_on_any_matrix():
     with pytest.raises(ValueError, match="at least 1"): walk_on(A, x, 0)
 
 
+
+
+@given(st.floats(.01, .99))
+def test_at_its_power_the_background_is_as_high_as_the_map(t):
+    scores = background(np.full((1, 1, 1), t), power_at(t))
+    np.testing.assert_allclose(scores[0], scores[1], rtol=1e-4)
