@@ -45,7 +45,7 @@ def _unit_rows(A, own=False):
 
 # %% ../nbs/05_cam.ipynb #6fba90db
 _checks = threading.local()
-def _later(): return getattr(_checks, "later", None)  # a list while checks are put off, see below
+def _later(): return getattr(_checks, "later", None)  # a list while checks are put off: `checks_later`, further down
 
 def _check_attention(attn):
     if attn.ndim != 4 or attn.shape[-1] != attn.shape[-2]:

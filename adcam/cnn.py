@@ -319,6 +319,7 @@ def shipped_weights(name:str, # file name
                     kind:str="" # how the names begin that are of the same kind, for the error
                    ) -> Path: # an existing file
     "A file of weights that comes with the package. `FileNotFoundError` names what is there."
+    if not folder and adcam.__file__ is None: raise FileNotFoundError("a folder named adcam hides the package; run this from another folder, such as that of the repository")
     folder = Path(folder or Path(adcam.__file__).parent/"checkpoints")
     if (folder/name).is_file(): return folder/name
     there = sorted(p.name for p in folder.glob(f"{kind}*.safetensors"))

@@ -450,7 +450,8 @@ def baseline_rows(
     kept, out, truth = ("miou", "fp", "fn", "iou_bg", "f1", "pixel_accuracy"), [], {}
     seen = {(r, n, kind): read_counts(desk.work / kind / ROWS[r].folder, ds, n, truth) for kind in ("rows", "walks") for r in dict.fromkeys(("CAM", *rows)) for n, ds in desk.lists.items()}
     for (row, kind), (name, other) in ((rk, pair) for rk in ((r, k) for k in ("rows", "walks") for r in rows) for pair in (tuple(desk.lists), tuple(desk.lists)[::-1])):
-        pairs = [(seen[row, n, kind], seen["CAM", n, "rows" if row == "CAM + PSA" else kind]) for n in (name, other)]
+        beside = "walks" if row == "CAM + PSA" and all(seen["CAM", n, "walks"] for n in (name, other)) else kind   # a walk beside a walk
+        pairs = [(seen[row, n, kind], seen["CAM", n, beside]) for n in (name, other)]
         if any(v is None for both in pairs for v in both): continue
         (c, cam), (o, cam_o) = ([_of(v, [i for i in both[0].ids if i in both[1].ids]) for v in both] for both in pairs)
         if not (c.ids and o.ids): continue

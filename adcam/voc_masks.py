@@ -282,7 +282,7 @@ def segment(
     net = segmentation_network(source, len(ds.classes) + 1)
     history = train_segmentation(net, learn, masks, replace(RECIPES["deeplabv2_voc"], **changes | dict(batch=min(changes.get("batch", 10), len(learn)))), progress=False, device=device)
     C = confusions(net, test, (False,))[False]
-    told = dict(row=row, images=len(learn), steps=len(history), seconds=round(time.perf_counter() - began, 1), loss=history[-1]["loss"], confusion=C.tolist())
+    told = dict(row=row, images=len(learn), tested=len(test), steps=len(history), seconds=round(time.perf_counter() - began, 1), loss=history[-1]["loss"], confusion=C.tolist())
     atomic_write(path, lambda f: f.write(json.dumps(told).encode()))
     return told
 
@@ -304,5 +304,5 @@ def mask_rows(
     for path in sorted((Path(work) / "segmentation").glob("*.json")):
         told = json.loads(path.read_text())
         s = scores(np.array(told["confusion"]))
-        out.append(dict(row=names[told["row"]], column="segmentation", split=lists[1], n=told["images"], rule="", t=None, **{v: s[v] for v in kept[2:]}, steps=told["steps"]))
+        out.append(dict(row=names[told["row"]], column="segmentation", split=lists[1], n=told["tested"], learned=told["images"], rule="", t=None, **{v: s[v] for v in kept[2:]}, steps=told["steps"]))
     return out
