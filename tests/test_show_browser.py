@@ -86,7 +86,7 @@ def test_slider_class_and_views_change_the_pictures(file, ds):
         if len(told["items"][0]["keys"]) > 1: changed(page, 0, heat)
         page.wait_for_function("n => [...document.querySelectorAll('main figure')].filter(f => f.checkVisibility()).length === n",
                                arg=sum(c in x["labels"] for x in told["items"]))
-        page.wait_for_function("n => document.querySelector('#numbers').textContent.startsWith(`${n} photographs`)",
+        page.wait_for_function("n => document.querySelector('#numbers').textContent.startsWith(`${n} photograph${n === 1 ? '' : 's'} `)",
                                arg=page.locator("main figure:visible").count())
         page.locator("#classes label", has_text="all 6").click()
 
