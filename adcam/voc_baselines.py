@@ -376,7 +376,7 @@ def measure(
     jobs: list[tuple],          # from `rounds`
     until: float = math.inf,    # start no job when `time.monotonic()` is past this
     irnet: Path | None = None,  # boundary network for walks; None, or a file that is not there: no walks
-    walked: tuple = ("CAM", "PCM", "Score-CAM"),  # rows that are walked
+    walked: tuple = tuple(r for r in ROWS if r != "CAM + PSA"),  # rows that are walked
     report: Callable = print,   # called with a sentence after each job
 ) -> int:                       # jobs that are missing afterwards
     "Do what is not there yet"

@@ -61,7 +61,7 @@ def options(argv=None):
     p.add_argument("--limit", type=int, default=0, help="only so many photographs of each list, evenly spread over it")
     p.add_argument("--chunk", type=int, default=40, help="photographs per file of the work folder")
     p.add_argument("--seconds", type=float, default=float("inf"), help="start no chunk after so many seconds of a step; what is there is written")
-    p.add_argument("--rows", type=int, default=4, help="how many rows of Table 1: CAM, AD-CAM pull, Att-Diffu pull, AD-CAM push, TransCAM, TS-CAM")
+    p.add_argument("--rows", type=int, default=4, help="how many rows of Table 1: CAM, AD-CAM pull, Att-Diffu pull, AD-CAM push, TransCAM, TS-CAM, AD-CAM pull and push at the k that the other list prefers")
     p.add_argument("--every", type=int, default=4, help="an IR label for every so many photographs")
     p.add_argument("--irn-epochs", type=int, default=6, help="passes of the boundary network over its labels")
     p.add_argument("--seg-iterations", type=int, default=1200, help="steps of each segmentation network")
@@ -160,8 +160,7 @@ def together(a, function, calls):
 def masks(a, source, plan, lists, recipe, log):
     "Pseudo masks of Table 1, as far as the time allows"
     began, until, rows, work = time.perf_counter(), time.monotonic() + a.seconds, table_rows(a, plan), a.work / "masks"
-    choose = next((c for c in voc.load_counts(a.out) if (c.state, c.split) == ("frozen", a.lists[1])), None)
-    if choose is None: raise FileNotFoundError(f"no counts of {a.lists[1]} in {a.out}: run the step `count` first, thresholds of the labels come from there")
+    choose = chosen_counts(a)
     best = voc.best_thresholds(choose.arrays)
     of = lambda r: choose.plan.thresholds[best[voc.BLOCKS.index(r.blocks), choose.plan.points.index(r.point), 0]]
     thresholds = {r.folder: voc_masks.label_thresholds(of(r)) for r in rows}
@@ -206,7 +205,14 @@ def baselines(a, source, lists, log):
         if r["rule"] == "fixed": print(f"{r['row']:18} {r['column']:7} {r['split']:11} {r['n']:5} mIoU {100 * r['miou']:.1f}, CAM {100 * r['cam']:.1f}", flush=True)
 
 
-def table_rows(a, plan): return voc_masks.table_rows(plan.k, plan.T)[:a.rows]
+def chosen_counts(a):
+    "Counts of the list that chooses"
+    found = next((c for c in voc.load_counts(a.out) if (c.state, c.split) == ("frozen", a.lists[1])), None)
+    if found is None: raise FileNotFoundError(f"no counts of {a.lists[1]} in {a.out}: run the step `count` first, thresholds of the labels come from there")
+    return found
+
+
+def table_rows(a, plan): return voc_masks.table_rows(plan.k, plan.T, voc_masks.preferred_k(chosen_counts(a)))[:a.rows]
 
 
 def write_masks(a, rows, log):
