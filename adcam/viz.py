@@ -54,7 +54,7 @@ def method_style(
     "How a method is drawn in every figure. Raises KeyError for a method that has no color yet."
     known = [m for m in METHODS if name.startswith(m)]
     if not known: raise KeyError(f"{name!r} has no color: it should begin with one of {', '.join(METHODS)}, or METHODS needs another entry")
-    second = any(word in name for word in ("half", "no stop-gradient", "patch head", "chosen"))
+    second = any(word in name for word in ("half", "no stop-gradient", "patch head", "chosen", "neighbors"))
     return dict(color=METHODS[max(known, key=len)], marker="o" if "pull" in name else "^" if known[-1] in ("AD-CAM", "Att-Diffu") else "s",
                 linestyle="--" if second else "-", label=name)
 

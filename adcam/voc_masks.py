@@ -44,7 +44,7 @@ def table_rows(
     "The rows of Table 1 whose class maps one forward pass gives; attention of the last half of the blocks"
     rows = [Row("CAM", Point("cam"), "all"), Row("AD-CAM, pull", Point("ad_cam", k, T, "pull"), "half"), Row("Att-Diffu only, pull", Point("att_diffu", 0, T, "pull"), "half"),
             Row("AD-CAM, push", Point("ad_cam", k, T, "push"), "half"), Row("TransCAM", Point("trans_cam", 0, 1, "pull"), "half"), Row("TS-CAM", Point("ts_cam"), "half")]
-    return rows + [Row(f"AD-CAM, {d}, k = {n}", Point("ad_cam", n, T, d), "half") for d, n in preferred.items() if n != k]
+    return rows + [Row(f"AD-CAM, {d}, {n} neighbors", Point("ad_cam", n, T, d), "half") for d, n in preferred.items() if n != k]
 
 
 # %% ../nbs/13f_voc_masks.ipynb #c41e7a95
