@@ -45,6 +45,7 @@ def _is_running(pid: int, started: float | None = None) -> bool:
     except psutil.Error: return False
     return not ended and (started is None or abs(begun - started) < 1)
 
+# %% ../nbs/00b_files.ipynb #93b21dc5
 _TEMPORARY = re.compile(r"\..+\.([^.]+)\.(\d+)(?:-\d+)?\.tmp")  # .NAME.HOST.PID-N.tmp; older versions wrote .NAME.PID.tmp
 _DAY = 86_400  # seconds
 
@@ -65,6 +66,7 @@ def sweep(
 class FolderInUse(OSError):
     "Another process is at work in a folder"
 
+# %% ../nbs/00b_files.ipynb #bc4d2d77
 _BEAT, _SILENT = 60, 300  # seconds: how often a note is renewed; when a run on another machine counts as dead
 
 def _read_note(path: Path) -> dict:
@@ -73,6 +75,7 @@ def _read_note(path: Path) -> dict:
     except (OSError, ValueError): return {}
     return note if isinstance(note, dict) else {}
 
+# %% ../nbs/00b_files.ipynb #5b46ac7d
 def _holder(path: Path) -> dict | None:
     "Note of the living process that holds a lock, or None"
     note = _read_note(path)
@@ -88,6 +91,7 @@ def _in_use(path: Path, note: dict) -> FolderInUse:
     return FolderInUse(f"{path.parent} is in use: process {note.get('pid', 'unknown')} on {note.get('host', 'this machine')} has been at work there since {since}. "
                        f"Wait for it, or choose another folder; if it is gone for certain, delete {path}")
 
+# %% ../nbs/00b_files.ipynb #6fdf7787
 def _take(path: Path, note: dict) -> dict | None:
     "Put a note where there is none or that of a dead process; the holder's note if that fails"
     text = json.dumps(note).encode()
@@ -99,6 +103,18 @@ def _take(path: Path, note: dict) -> dict | None:
     atomic_write(path, lambda f: f.write(text))
     time.sleep(.05)                                    # two may find the same dead note: the last one to write has it
     return None if _read_note(path) == note else _read_note(path)
+
+# %% ../nbs/00b_files.ipynb #9fa22e0b
+@contextlib.contextmanager
+def _beating(path: Path):
+    "Renew the age of a file while this is open"
+    ended = threading.Event()
+    def beat():
+        while not ended.wait(_BEAT):
+            with contextlib.suppress(OSError): os.utime(path)
+    threading.Thread(target=beat, daemon=True).start()
+    try: yield
+    finally: ended.set()
 
 # %% ../nbs/00b_files.ipynb #cd11d669
 @contextlib.contextmanager
@@ -117,14 +133,9 @@ def at_work(
     while (held := _take(path, note)) is not None:
         if time.monotonic() >= until: raise _in_use(path, held)
         time.sleep(.1)
-    ended = threading.Event()
-    def beat():
-        while not ended.wait(_BEAT):
-            with contextlib.suppress(OSError): os.utime(path)
-    threading.Thread(target=beat, daemon=True).start()
-    try: yield
+    try:
+        with _beating(path): yield
     finally:
-        ended.set()
         if _read_note(path) == note: path.unlink(missing_ok=True)
 
 # %% ../nbs/00b_files.ipynb #34c2ba4f
@@ -152,6 +163,7 @@ def read_json(
     if not isinstance(found, dict): raise ValueError(f"{path} holds no settings but {type(found).__name__}; delete it, or choose another folder")
     return found
 
+# %% ../nbs/00b_files.ipynb #53734699
 def difference(old: dict, new: dict) -> str:
     "What differs between two settings, in words"
     return "; ".join(f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k))
@@ -165,6 +177,14 @@ def _put_aside(folder: Path, pattern: str) -> None:
     (folder/ASIDE).mkdir()
     for f in [*folder.glob(pattern), *folder.glob("skipped-*-of-*.json"), folder/"settings.json"]: f.replace(folder/ASIDE/f.name)
 
+# %% ../nbs/00b_files.ipynb #72772894
+def _put_back(folder: Path, pattern: str) -> None:
+    "A run that replaced files and has made none: those that were there are there again"
+    if not (folder/ASIDE).is_dir() or any(folder.glob(pattern)): return
+    for f in (folder/ASIDE).iterdir(): f.replace(folder/f.name)
+    (folder/ASIDE).rmdir()
+
+# %% ../nbs/00b_files.ipynb #ec0888bc
 def _settle(folder: Path, settings: dict, pattern: str, force: bool, job: str, what: str) -> None:
     "Write settings.json, or compare with the one that is there; `force` puts files made with other settings aside"
     path = folder / "settings.json"
@@ -177,12 +197,6 @@ def _settle(folder: Path, settings: dict, pattern: str, force: bool, job: str, w
             if (note := _holder(lock)) and note.get("job") != job: raise _in_use(lock, note)
         if any(folder.glob(pattern)): _put_aside(folder, pattern)
     atomic_write(path, lambda f: f.write(json.dumps(settings, indent=1).encode()))
-
-def _put_back(folder: Path, pattern: str) -> None:
-    "A run that replaced files and has made none: those that were there are there again"
-    if not (folder/ASIDE).is_dir() or any(folder.glob(pattern)): return
-    for f in (folder/ASIDE).iterdir(): f.replace(folder/f.name)
-    (folder/ASIDE).rmdir()
 
 # %% ../nbs/00b_files.ipynb #5efdbde8
 @contextlib.contextmanager
