@@ -102,6 +102,7 @@ def _attempt(i, work, args):
     try: return i, None, _alone(work, *args)
     except (ValueError, OSError, MemoryError) as e: return i, why_left_out(e), []
 
+# %% ../nbs/08c_folders.ipynb #1a9d6cd7
 def _ready(todo, prepare, done):
     "prepare(i) of one image after the other; one that fails is reported to `done`"
     for i in todo:
@@ -109,6 +110,7 @@ def _ready(todo, prepare, done):
         except (ValueError, OSError, MemoryError) as e: done((i, why_left_out(e), [])); continue
         yield i, args
 
+# %% ../nbs/08c_folders.ipynb #602d0a8c
 def _ahead(items):
     "The same items; the next one is made by a thread while the caller works on this one"
     with ThreadPoolExecutor(1) as pool:
@@ -117,6 +119,7 @@ def _ahead(items):
             following = pool.submit(next, items, None)
             yield item
 
+# %% ../nbs/08c_folders.ipynb #74beae96
 def all_images(
     todo: list[int],      # indices
     prepare: Callable,    # i -> arguments of `work`, in this process
