@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from fastcore.basics import patch
 from PIL import Image, PngImagePlugin
 from torch import Tensor, nn
 from ..classifier import PolySGD, TrainConfig, fit
@@ -32,6 +33,7 @@ def attention(
     a = np.maximum(np.asarray(score, np.float32), 0)
     return a/(a.max() + np.float32(1e-8))*np.float32(255)
 
+# %% ../../nbs/09g_oaa.ipynb #e8b1a439
 def believed(
     logits: np.ndarray, # (K,)
     label: np.ndarray,  # (K,) 0 or 1
@@ -41,18 +43,7 @@ def believed(
     top = np.argsort(-np.asarray(logits), kind="stable")[:len(there)]
     return [int(k) for k in there if k in top]
 
-# %% ../../nbs/09g_oaa.ipynb #256ac627
-def _stretch(m): return (m - m.min())/(m.max() - m.min() + 1e-8)
-
-def _caffe(kept: np.ndarray | None, a: np.ndarray, count: int, rule: str) -> np.ndarray:
-    "One step of the Caffe code; values in [0,1], cut to 8 bits at the end"
-    a = _stretch(a)
-    if kept is None: return np.trunc(a*255).astype(np.uint8)
-    f = kept/255.
-    mean, most = (f*count + a)/(count + 1), np.maximum(_stretch(f), a)
-    out = dict(caffe_max=most, caffe_ave=mean, caffe_harm=3/(1/(_stretch(mean) + 1e-8) + 2/(most + 1e-8)))[rule]
-    return np.trunc(out*255).astype(np.uint8)
-
+# %% ../../nbs/09g_oaa.ipynb #0805d11c
 RULES = ("max", "caffe_max", "caffe_ave", "caffe_harm")
 
 def accumulate(
@@ -69,6 +60,18 @@ def accumulate(
     if rule != "max": return _caffe(kept, np.maximum(np.asarray(score, np.float32), 0), count, rule)
     return np.round(a if kept is None else np.maximum(kept, a)).astype(np.uint8)
 
+# %% ../../nbs/09g_oaa.ipynb #256ac627
+def _stretch(m): return (m - m.min())/(m.max() - m.min() + 1e-8)
+
+def _caffe(kept: np.ndarray | None, a: np.ndarray, count: int, rule: str) -> np.ndarray:
+    "One step of the Caffe code; values in [0,1], cut to 8 bits at the end"
+    a = _stretch(a)
+    if kept is None: return np.trunc(a*255).astype(np.uint8)
+    f = kept/255.
+    mean, most = (f*count + a)/(count + 1), np.maximum(_stretch(f), a)
+    out = dict(caffe_max=most, caffe_ave=mean, caffe_harm=3/(1/(_stretch(mean) + 1e-8) + 2/(most + 1e-8)))[rule]
+    return np.trunc(out*255).astype(np.uint8)
+
 # %% ../../nbs/09g_oaa.ipynb #f533a1e8
 @dataclass(frozen=True)
 class Attention:
@@ -77,12 +80,14 @@ class Attention:
     count: int       # maps that went into it
     epoch: int       # the last one of them, counted from 0
 
+# %% ../../nbs/09g_oaa.ipynb #5ee9a477
 def save_attention(folder: str | Path, name: str, k: int, a: Attention) -> Path:  # the file
     "Write `<name>_<k>.png` in one move"
     about = PngImagePlugin.PngInfo()
     for field in ("count", "epoch"): about.add_text(field, str(getattr(a, field)))
     return atomic_write(Path(folder)/f"{name}_{k}.png", lambda f: Image.fromarray(a.map).save(f, "PNG", pnginfo=about))
 
+# %% ../../nbs/09g_oaa.ipynb #1eba68e1
 def load_attention(folder: str | Path, name: str, k: int) -> Attention | None:  # None: nothing stored
     "The stored map of an image and a class. A damaged file is a `ValueError` naming it and the remedy."
     path = Path(folder)/f"{name}_{k}.png"
@@ -105,16 +110,18 @@ class _Store:
         if odd: raise ValueError(f"{self.folder} holds maps of another training ({'; '.join(odd)}); choose another folder")
         return there["done"]
 
-    def update(self, sample: Any, scores: np.ndarray, logits: np.ndarray, epoch: int) -> None:
-        "All classes of one image; scores (K,h,w), logits (K,)"
-        sure = believed(logits, sample.label)
-        for k in np.flatnonzero(sample.label).tolist():
-            try: old = load_attention(self.folder, sample.id, k)
-            except ValueError as e: print(f"redone: {e}"); old = None
-            if old is not None and old.epoch >= epoch: continue              # this pass was interrupted, and is repeated
-            if k in sure or (old is None and epoch == self.epochs - 1):
-                n = old.count if old else 0
-                save_attention(self.folder, sample.id, k, Attention(accumulate(old and old.map, scores[k], self.rule, n), n + 1, epoch))
+# %% ../../nbs/09g_oaa.ipynb #6d411a65
+@patch
+def update(self: _Store, sample: Any, scores: np.ndarray, logits: np.ndarray, epoch: int) -> None:
+    "All classes of one image; scores (K,h,w), logits (K,)"
+    sure = believed(logits, sample.label)
+    for k in np.flatnonzero(sample.label).tolist():
+        try: old = load_attention(self.folder, sample.id, k)
+        except ValueError as e: print(f"redone: {e}"); old = None
+        if old is not None and old.epoch >= epoch: continue              # this pass was interrupted, and is repeated
+        if k in sure or (old is None and epoch == self.epochs - 1):
+            n = old.count if old else 0
+            save_attention(self.folder, sample.id, k, Attention(accumulate(old and old.map, scores[k], self.rule, n), n + 1, epoch))
 
 # %% ../../nbs/09g_oaa.ipynb #b3de8de2
 class Accumulator(_Store):
@@ -133,26 +140,39 @@ class Accumulator(_Store):
         self.settings = dict(kind="OAA", data=ds.fingerprint(), epochs=epochs, rule=rule, start_epoch=start_epoch, scale=scale)
         self.done, self.skipped = self._open(), {}                           # passes that are complete; ids and reasons
 
-    def _sample(self, i: int) -> Any:
-        "A labeled image, or None; one that cannot be read is named once and left out"
-        try: sample = self.ds[i]
-        except (ValueError, OSError) as e:
-            if self.ds.ids[i] not in self.skipped: warnings.warn(f"{self.ds.ids[i]} is left out: {e}")
-            self.skipped[self.ds.ids[i]] = str(e)
-            return None
-        return sample if np.asarray(sample.label).any() else None
+# %% ../../nbs/09g_oaa.ipynb #5233327c
+@patch
+def _sample(self: Accumulator, i: int) -> Any:
+    "A labeled image, or None; one that cannot be read is named once and left out"
+    try: sample = self.ds[i]
+    except (ValueError, OSError) as e:
+        if self.ds.ids[i] not in self.skipped: warnings.warn(f"{self.ds.ids[i]} is left out: {e}")
+        self.skipped[self.ds.ids[i]] = str(e)
+        return None
+    return sample if np.asarray(sample.label).any() else None
 
-    @torch.no_grad()
-    def __call__(self, model: nn.Module, epochs_done: int, history: list) -> None:
-        "One pass over the images; the network is in eval mode"
-        if epochs_done <= self.done: return
-        for sample in map(self._sample, range(len(self.ds) if epochs_done > self.start_epoch else 0)):
-            if sample is None: continue
-            maps = model.maps(view(sample.image, self.scale, model.stride).to(next(model.parameters()).device))
-            if not torch.isfinite(maps.cam).all(): raise ValueError(f"{sample.id}: the class maps hold NaN or infinity after epoch {epochs_done}; lower the learning rates")
-            self.update(sample, maps.cam[0].float().cpu().numpy(), maps.conv_logits[0].float().cpu().numpy(), epochs_done - 1)
-        self.done = epochs_done
-        atomic_write(self.folder/"passes.json", lambda f: f.write(json.dumps(dict(settings=self.settings, done=epochs_done), indent=1).encode()))
+# %% ../../nbs/09g_oaa.ipynb #916fa8d8
+@patch
+@torch.no_grad()
+def __call__(self: Accumulator, model: nn.Module, epochs_done: int, history: list) -> None:
+    "One pass over the images; the network is in eval mode"
+    if epochs_done <= self.done: return
+    for sample in map(self._sample, range(len(self.ds) if epochs_done > self.start_epoch else 0)):
+        if sample is None: continue
+        maps = model.maps(view(sample.image, self.scale, model.stride).to(next(model.parameters()).device))
+        if not torch.isfinite(maps.cam).all(): raise ValueError(f"{sample.id}: the class maps hold NaN or infinity after epoch {epochs_done}; lower the learning rates")
+        self.update(sample, maps.cam[0].float().cpu().numpy(), maps.conv_logits[0].float().cpu().numpy(), epochs_done - 1)
+    self.done = epochs_done
+    atomic_write(self.folder/"passes.json", lambda f: f.write(json.dumps(dict(settings=self.settings, done=epochs_done), indent=1).encode()))
+
+# %% ../../nbs/09g_oaa.ipynb #04d863de
+def _catch_up(watch: Accumulator, model: nn.Module, last: Path) -> None:
+    "Make up the pass that was interrupted, with the weights of a saved training"
+    state = load_run(last)
+    if watch.done < state["epoch"] - 1:
+        raise ValueError(f"{watch.folder} has seen {watch.done} of the {state['epoch']} epochs that {last} has done; give the folder of that training, or resume=False and empty folders")
+    CamTask(past := copy.deepcopy(model)).load_state_dict(state["net"])      # the training itself begins from `model` as it is
+    watch(past.eval(), state["epoch"], [])
 
 # %% ../../nbs/09g_oaa.ipynb #d5be62d8
 def train_oaa(
@@ -168,12 +188,7 @@ def train_oaa(
     watch, last = Accumulator(ds, folder, config.epochs, rule, start_epoch), None if out is None else Path(out)/"last.pt"
     there = last is not None and last.exists() and options.get("resume", True)
     if watch.done and not there: raise ValueError(f"{folder} holds maps of {watch.done} epochs, but there is no training to continue; choose another folder for the maps")
-    if there:
-        state = load_run(last)
-        if watch.done < state["epoch"] - 1:
-            raise ValueError(f"{folder} has seen {watch.done} of the {state['epoch']} epochs that {last} has done; give the folder of that training, or resume=False and empty folders")
-        CamTask(past := copy.deepcopy(model)).load_state_dict(state["net"])  # the training itself begins from `model` as it is
-        watch(past.eval(), state["epoch"], [])
+    if there: _catch_up(watch, model, last)
     return fit(CamTask(model), ds, config, out=out, callback=watch, **options)
 
 # %% ../../nbs/09g_oaa.ipynb #7c49c0ab
@@ -186,6 +201,7 @@ def enlarged(
     low, high = up.min(), up.max()
     return np.trunc((up - low)/max(high - low, 1)*255).astype(np.uint8)
 
+# %% ../../nbs/09g_oaa.ipynb #0388b74c
 def oaa_seed(
     folder: str | Path,  # of `Accumulator`
     sample: Any,         # image with id and label
@@ -241,6 +257,7 @@ class IntegralConfig(ViewsConfig):
     crop: int | None = 320       # side of a view
     jitter: tuple | None = None  # none
 
+# %% ../../nbs/09g_oaa.ipynb #0a740e05
 class IntegralTask(nn.Module):
     "A CamNet that learns maps, for `adcam.views.fit_views`"
     def __init__(self, model: nn.Module):
@@ -256,11 +273,22 @@ class IntegralTask(nn.Module):
             if isinstance(m, nn.modules.batchnorm._BatchNorm): m.eval()
         return self
 
-    def optimizer(self, config: IntegralConfig, total: int) -> PolySGD:
-        own = [(n.startswith("model.classifier."), p) for n, p in self.named_parameters() if p.requires_grad]
-        kinds = ("backbone", False, 1), ("head", True, 10)
-        groups = [dict(name=name, lr=config.lr*by, params=[p for is_head, p in own if is_head == want]) for name, want, by in kinds]
-        return PolySGD([g for g in groups if g["params"]], total, config.weight_decay, config.power, config.momentum)
+# %% ../../nbs/09g_oaa.ipynb #414f4b00
+@patch
+def optimizer(self: IntegralTask, config: IntegralConfig, total: int) -> PolySGD:
+    own = [(n.startswith("model.classifier."), p) for n, p in self.named_parameters() if p.requires_grad]
+    kinds = ("backbone", False, 1), ("head", True, 10)
+    groups = [dict(name=name, lr=config.lr*by, params=[p for is_head, p in own if is_head == want]) for name, want, by in kinds]
+    return PolySGD([g for g in groups if g["params"]], total, config.weight_decay, config.power, config.momentum)
+
+# %% ../../nbs/09g_oaa.ipynb #d1820fc3
+def _target(folder: str | Path, sample: Any, K: int) -> np.ndarray:
+    "(K,H,W) float32 in [0,1]: the stored maps of an image, 0 where nothing is stored"
+    out = np.zeros((K, *sample.image.shape[:2]), np.float32)
+    for k in np.flatnonzero(sample.label).tolist():
+        if (a := load_attention(folder, sample.id, k)) is not None:
+            out[k] = F.interpolate(torch.from_numpy(a.map/np.float32(255))[None, None], out.shape[1:], mode="bilinear", align_corners=False)[0, 0].numpy()
+    return out
 
 # %% ../../nbs/09g_oaa.ipynb #bc84b713
 def train_integral(
@@ -273,13 +301,7 @@ def train_integral(
 ) -> list[dict]:                              # a row per step
     "Train the integral model on accumulated maps; the network is left in eval mode"
     if config.crop is not None and config.crop % model.stride: raise ValueError(f"crop is {config.crop}; it must be a multiple of the stride, {model.stride}, or None")
-    def target(sample):
-        out = np.zeros((len(ds.classes), *sample.image.shape[:2]), np.float32)
-        for k in np.flatnonzero(sample.label).tolist():
-            if (a := load_attention(folder, sample.id, k)) is not None:
-                out[k] = F.interpolate(torch.from_numpy(a.map/np.float32(255))[None, None], out.shape[1:], mode="bilinear", align_corners=False)[0, 0].numpy()
-        return out
-    views = Views(ds, target, lambda m: F.avg_pool2d(m, model.stride), config.crop, config.jitter, config.seed)
+    views = Views(ds, lambda sample: _target(folder, sample, len(ds.classes)), lambda m: F.avg_pool2d(m, model.stride), config.crop, config.jitter, config.seed)
     source = hashlib.sha256((Path(folder)/"passes.json").read_bytes()).hexdigest()[:16]
     history = fit_views(IntegralTask(model), views, config, out, source=source, **options)
     model.eval()
