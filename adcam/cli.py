@@ -493,10 +493,10 @@ def _images_of(folder: Path, suffix: str, data: str, split: str, n: Optional[int
 
 def _shown(folder: Path, data: str, split: str, n: Optional[int]) -> tuple:
     "What a folder holds (`kind_of`) and the images it belongs to; the folder may be a data set itself."
-    from adcam.data import KINDS
+    from adcam.data import split_kind
     from adcam.show import kind_of
     name = str(folder)
-    suffix = "" if name == "mini" or name.partition(":")[0] in KINDS else kind_of(folder)
+    suffix = "" if name == "mini" or split_kind(name)[0] else kind_of(folder)
     return suffix, _images_of(folder, suffix, data, split, n) if suffix else _images(name, split, n, masks=True)
 
 # %% ../nbs/14_cli.ipynb #2b237cd5
