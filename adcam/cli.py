@@ -1365,7 +1365,7 @@ def _in_full(found) -> None:
 def _ending(found, methods: list, several: bool) -> None:
     "What holds for all photographs: weights and settings."
     for branch, w in found.weights.items():
-        typer.echo(f"{branch} weights: {w['source']}" + (f" sha256 {w['sha256']}" if w["sha256"] else ""))
+        typer.echo(f"{branch} weights: {w['source']}" + (f" sha256 {w['sha256']}" if w["sha256"] else "") + (f", started from {w['start']}" if "start" in w else ""))
     rule = "Otsu's, from each map alone" + ("" if several else ": " + ", ".join(f"{m} {found.cut(m):.2f}" for m in methods)) if found.threshold == "auto" else f"{found.threshold:g}"
     typer.echo(f"settings{' of the last' if several else ''}: " + ", ".join(f"{name} {value}" for name, value in found.settings.items()) + f", threshold {rule}")
 

@@ -35,6 +35,14 @@ def test_a_file_opens_without_being_told_what_it_is(pair, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(pair.state_dict().values(), again.state_dict().values()))
 
 
+@pytest.mark.parametrize("branch, of", [("all", {"cnn", "vit"}), ("cnn", {"cnn"})])
+def test_a_trained_file_is_what_the_weights_came_from(pair, tmp_path, branch, of):
+    file = save_network(pair, tmp_path / "trained.safetensors", PAIR, branch)
+    again = open_network(file)
+    assert again.trained.keys() == of and again.trained["cnn"]["source"] == "trained.safetensors"
+    assert again.weights == pair.weights, "what they started from is not forgotten"
+
+
 def test_a_trained_cnn_is_refused_beside_another_vit(pair, tmp_path):
     import timm
     from safetensors.torch import save_file
