@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['app', 'Data', 'Split', 'Images', 'Device', 'Precision', 'data_app', 'AnySize', 'Processes', 'Where', 'Network',
            'Weights', 'CnnWeights', 'VitWeights', 'Workers', 'DetachAfter', 'TrainingSeed', 'Coupled', 'OnlyEstimate',
-           'Anyway', 'CnnName', 'ImageNet', 'irnet_app', 'Recipe', 'AllCores', 'SmallBackbone', 'Pair', 'segment_app',
-           'SegNet', 'SegProfile', 'Backbone', 'Pictures', 'Overlay', 'ClassesWanted', 'BothNames', 'Trained',
-           'ClassNames', 'Layers', 'Threshold', 'MaskFolder', 'MapFolder', 'main', 'version', 'scenes', 'Kind',
-           'Published', 'check', 'get', 'convert', 'weights', 'profile', 'seeds', 'seeds_check', 'seeds_merge',
+           'Anyway', 'CnnName', 'ImageNet', 'irnet_app', 'Recipe', 'AllCores', 'SmallBackbone', 'Pair', 'OtherBranch',
+           'segment_app', 'SegNet', 'SegProfile', 'Backbone', 'Pictures', 'Overlay', 'ClassesWanted', 'BothNames',
+           'Trained', 'ClassNames', 'Layers', 'Threshold', 'MaskFolder', 'MapFolder', 'main', 'version', 'scenes',
+           'Kind', 'Published', 'check', 'get', 'convert', 'weights', 'profile', 'seeds', 'seeds_check', 'seeds_merge',
            'evaluate', 'show', 'Form', 'export_command', 'import_command', 'train', 'train_heads', 'train_cam_command',
            'train_recam_command', 'train_seam_command', 'train_oaa_command', 'irnet_labels', 'irnet_train',
            'irnet_masks', 'crf', 'segment_train', 'segment_predict', 'whole_run', 'own_masks', 'explain', 'checkpoints',
@@ -840,6 +840,16 @@ def _irn_recipe(name: str) -> dict:
     return SETTINGS[name]
 
 Pair = Annotated[Optional[str], typer.Option("--network", help="A pair CNN+VIT, or the timm name of a CNN: its CNN with the weights of --cnn-weights is the backbone.")]
+OtherBranch = Annotated[Optional[Path], typer.Option("--vit-weights", help="Of a pair, as the other commands take it; here only its CNN is read.")]
+
+def _only_cnn(network: Optional[str], vit: Optional[Path]) -> None:
+    "The words that name a pair are the same everywhere, also where its ViT has no part."
+    if vit is None:
+        return
+    if "+" not in (network or ""):
+        raise ValueError(f"--vit-weights belongs to a pair; name it by --network CNN+VIT{f', not {network}' if network else ''}")
+    if not vit.is_file():
+        raise FileNotFoundError(f"no weights {vit}")
 
 # %% ../nbs/14_cli.ipynb #48aada26
 def _irnet(data: str, classes: int, conformer: Optional[Path], seed: int, imagenet: Optional[str] = None, network: Optional[str] = None, cnn: Optional[Path] = None):
@@ -903,7 +913,7 @@ def irnet_train(
     out: Annotated[Path, typer.Argument(help="Folder for irnet.safetensors, last.pt and log.jsonl.")],
     data: Data = "mini", split: Split = "train", n: Images = None,
     imagenet: Annotated[Optional[str], typer.Option(help="File of torchvision's ResNet-50 weights, or `timm` to download them. Needed for folders.")] = None,
-    conformer: SmallBackbone = None, network: Pair = None, cnn_weights: CnnWeights = None, seed: TrainingSeed = 0,
+    conformer: SmallBackbone = None, network: Pair = None, cnn_weights: CnnWeights = None, vit_weights: OtherBranch = None, seed: TrainingSeed = 0,
     epochs: Annotated[Optional[int], typer.Option(min=1, help="Passes over the data.")] = None,
     batch: Annotated[Optional[int], typer.Option(min=1, help="Images per step over all processes.")] = None,
     crop: Annotated[Optional[int], typer.Option(min=4, help="Side of a view in pixels, a multiple of 4.")] = None,
@@ -916,6 +926,7 @@ def irnet_train(
     from adcam.irnet import train_irnet
     from adcam.pipeline import profiles
     from adcam.run import irnet_config
+    _only_cnn(network, vit_weights)
     if data != "mini" and imagenet is None and conformer is None and cnn_weights is None:
         raise ValueError("IRNet's backbone is frozen, so it needs weights: give --imagenet FILE, --imagenet timm, --network CNN+VIT --cnn-weights FILE, or --conformer FILE")
     if cnn_weights is not None and network is None:
@@ -935,7 +946,7 @@ def irnet_masks(
     out: Annotated[Path, typer.Argument(help="Folder for the masks, one palette PNG per image.")],
     weights: Annotated[Optional[Path], typer.Option(help="irnet.safetensors of `adcam irnet train`, or an official checkpoint; not given: no walk.")] = None,
     data: Data = "mini", split: Split = "train", n: Images = None,
-    conformer: SmallBackbone = None, network: Pair = None, cnn_weights: CnnWeights = None, seed: TrainingSeed = 0,
+    conformer: SmallBackbone = None, network: Pair = None, cnn_weights: CnnWeights = None, vit_weights: OtherBranch = None, seed: TrainingSeed = 0,
     recipe: Recipe = "irn",
     background: Annotated[Optional[float], typer.Option(help="Score of the background; the recipe's if not given.")] = None,
     beta: Annotated[float, typer.Option(help="Power of the affinities.")] = 10,
@@ -947,6 +958,7 @@ def irnet_masks(
     "Pseudo masks: seeds walk between the boundaries of IRNet, then a threshold."
     from adcam.devices import pick_device
     from adcam.irnet import load_irnet, make_pseudo_masks
+    _only_cnn(network, vit_weights)
     place = pick_device(device)
     usual, picked = _irn_recipe(recipe), _with_seeds(seeds, data, split, n)
     ds = picked.ds
@@ -1081,7 +1093,7 @@ def segment_train(
     out: Annotated[Path, typer.Option(help="Folder of the run: weights.safetensors, best.safetensors, last.pt, log.jsonl, tensorboard.")],
     masks: Annotated[Optional[Path], typer.Option(help="Folder of masks, <id>.png, such as `adcam irnet masks` writes; the ground truth if not given.")] = None,
     data: Data = "mini", split: Split = "train", n: Images = None,
-    network: SegNet = None, cnn_weights: CnnWeights = None, profile: SegProfile = None, backbone: Backbone = "swin_tiny_patch4_window7_224",
+    network: SegNet = None, cnn_weights: CnnWeights = None, vit_weights: OtherBranch = None, profile: SegProfile = None, backbone: Backbone = "swin_tiny_patch4_window7_224",
     init: Annotated[Optional[str], typer.Option(help="Start weights: an ImageNet ResNet-101, a COCO checkpoint, or `timm` to download ImageNet's.")] = None,
     val: Annotated[Optional[str], typer.Option(help="Split with masks for mIoU at every check and best.safetensors.")] = None,
     val_n: Annotated[Optional[int], typer.Option(min=1, help="Only its first N images.")] = None,
@@ -1100,6 +1112,7 @@ def segment_train(
     from adcam.run import warn_if_random
     from adcam.segment import train_segmentation
     from adcam.seeds import launched
+    _only_cnn(network, vit_weights)
     remedy = "make it by `adcam irnet masks` with the same --data and --split"
     picked = _images(data, split, n, masks=True, decode=True, workers=workers) if masks is None else _with_masks(masks, "mask", remedy, data, split, n, workers)
     ds = picked.ds
@@ -1123,7 +1136,7 @@ def segment_predict(
     out: Annotated[Path, typer.Option(help="Folder for the predictions, one palette PNG per image.")],
     weights: Annotated[Path, typer.Option(help="weights.safetensors or best.safetensors of `adcam segment train`.")],
     data: Data = "mini", split: Split = "val", n: Images = None,
-    network: SegNet = None, cnn_weights: CnnWeights = None, profile: SegProfile = None, backbone: Backbone = "swin_tiny_patch4_window7_224",
+    network: SegNet = None, cnn_weights: CnnWeights = None, vit_weights: OtherBranch = None, profile: SegProfile = None, backbone: Backbone = "swin_tiny_patch4_window7_224",
     crf: Annotated[bool, typer.Option("--crf/--no-crf", help="Refine by the dense CRF.")] = True,
     precision: Precision = "fp32", device: Device = "auto",
     processes: AllCores = None,
@@ -1137,6 +1150,7 @@ def segment_predict(
     from adcam.devices import pick_device
     from adcam.segment import predict_dataset, score_predictions, voc_archive
     from adcam.seeds import launched
+    _only_cnn(network, vit_weights)
     ds, shard = open_data(data, split, n, check=False), launched()
     net, *_ = _segmentation(network, profile, data, len(ds.classes), backbone)
     net = load_deeplab(net, weights).to(pick_device(device))

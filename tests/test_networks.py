@@ -147,7 +147,7 @@ def test_start_belongs_to_a_conformer(files, named, trained, capsys):
 
 
 def test_boundaries_stand_on_the_cnn_of_the_pair(files, named, trained):
-    data, pair = ["--data", files / "photos"], named[:4]
+    data, pair = ["--data", files / "photos"], named
     assert adcam("irnet", "labels", files / "seeds", files / "labels", *data, "--processes", 1) == 0
     assert adcam("irnet", "train", files / "labels", files / "irnet", *data, *pair, "--epochs", 1, "--batch", 2, "--crop", 64, "--radius", 3) == 0
     assert adcam("irnet", "masks", files / "seeds", files / "masks", *data, *pair, "--weights", files / "irnet/irnet.safetensors", "--processes", 1) == 0
@@ -160,9 +160,18 @@ def test_weights_of_a_backbone_need_its_name(files, trained, capsys):
     assert "--network" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", [("irnet", "train", "a", "b"), ("irnet", "masks", "a", "b"), ("segment", "train", "--out", "a"),
+                                   ("segment", "predict", "--out", "a", "--weights", "b")])
+def test_weights_of_a_vit_need_a_pair_on_the_command_line(files, capsys, words):
+    assert adcam(*words, "--network", "test_resnet", "--vit-weights", files / "vit.safetensors") == 2
+    assert "--vit-weights belongs to a pair" in capsys.readouterr().err
+    assert adcam(*words, "--network", PAIR, "--vit-weights", files / "none.safetensors") == 2
+    assert "no weights" in capsys.readouterr().err
+
+
 def test_segmentation_stands_on_the_cnn_of_the_pair(files, named):
-    data, pair = ["--data", files / "photos"], named[:2]
-    assert adcam("segment", "train", *data, *named[:4], "--out", files / "seg", "--iterations", 1, "--batch", 2, "--set", "crop=65",
+    data, pair = ["--data", files / "photos"], named
+    assert adcam("segment", "train", *data, *pair, "--out", files / "seg", "--iterations", 1, "--batch", 2, "--set", "crop=65",
                  "--set", "accumulate=1") == 0
     assert adcam("segment", "predict", *data, *pair, "--weights", files / "seg/weights.safetensors", "--out", files / "pred", "--no-crf", "--processes", 1) == 0
     assert len(list((files / "pred").glob("*.png"))) == 2
