@@ -295,7 +295,9 @@ class _Files(_Shared):
 def _digest(self:_Files, indices):
     h, whole = hashlib.sha256(repr((self.classes, self.exif)).encode()), set(range(0, len(indices), max(1, -(-len(indices)//_FULL))))
     for n, i in enumerate(indices):
-        h.update(self.ids[i].encode() + self._label(i).tobytes())
+        try: label = self._label(i).tobytes()
+        except (ValueError, OSError): label = b"no label"                    # told by whoever uses the image
+        h.update(self.ids[i].encode() + label)
         for path in (self.image_path(i), self.mask_path(i)):
             if len(indices)>_FULL: h.update(_file_hash(path, False))
             if n in whole: h.update(_file_hash(path, True))
@@ -461,7 +463,7 @@ def _find_label(self:VOCFolder, i):
     xml, path, K = self.root/"Annotations"/f"{self.ids[i]}.xml", self.mask_path(i), len(self.classes)
     if xml.exists(): return _label_xml(xml, self.classes)
     if path is not None and path.exists(): return _label_mask(read_mask(path, K), K)
-    raise FileNotFoundError(f"image {self.ids[i]} has no label: there is no ImageSets/labels.csv, no {xml} and no {path}")
+    raise FileNotFoundError(f"image {self.ids[i]} has no label: {'it is not in' if self._labels else 'there is no'} ImageSets/labels.csv, and there is no {xml} and no {path}; complete the folder or take the image off the list")
 
 # %% ../nbs/02_data.ipynb #fca558a1
 VOC_COUNTS = dict(train=1464, val=1449, trainval=2913, test=1456, train_aug=10582)  # images per split

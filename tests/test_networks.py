@@ -131,6 +131,30 @@ def test_seeds_of_a_pair_are_scored_like_any(files, trained, capsys):
     assert "2 images" in capsys.readouterr().out
 
 
+def test_an_id_without_a_photograph_is_left_out_and_named(files, trained, tmp_path, capsys):
+    import shutil
+    shutil.copytree(files / "photos", tmp_path / "photos")
+    with (tmp_path / "photos/ImageSets/Segmentation/train.txt").open("a") as f: f.write("ghost\n")
+    assert adcam("seeds", "--data", tmp_path / "photos", "--weights", trained, "--out", tmp_path / "seeds", "-k", 4, "--scales", 1, "--no-flip") == 1
+    assert "ghost: image ghost has no label: it is not in ImageSets/labels.csv" in capsys.readouterr().err
+    assert len(list((tmp_path / "seeds").glob("*.npz"))) == 2
+
+
+@pytest.mark.parametrize("how", ["gray", "turned"])
+def test_gray_and_turned_photographs_have_seeds(files, trained, tmp_path, how):
+    "Gray becomes three equal channels; a VOC folder is read as it is stored, as its masks are, whatever the EXIF tag says"
+    import shutil
+    from adcam.seeds import load_seed
+    from PIL import Image
+    shutil.copytree(files / "photos", tmp_path / "photos")
+    path, exif = sorted((tmp_path / "photos/JPEGImages").glob("train_*.jpg"))[0], Image.Exif()
+    photo = Image.open(path).crop((0, 0, 96, 64))
+    exif[274] = 6
+    photo.convert("L").save(path) if how == "gray" else photo.save(path, exif=exif)
+    assert adcam("seeds", "--data", tmp_path / "photos", "--weights", trained, "--out", tmp_path / "seeds", "-k", 4, "--scales", 1, "--no-flip") == 0
+    assert load_seed(tmp_path / f"seeds/{path.stem}.npz").high_res.shape[1:] == (64, 96)
+
+
 def test_a_pair_learns_its_heads(files, named):
     assert adcam("train-heads", "--data", files / "photos", *named, "--out", files / "heads") == 0
     assert open_network(files / "heads/weights.safetensors").num_classes == 10
