@@ -1101,8 +1101,7 @@ def segment_train(
     batch: Annotated[Optional[int], typer.Option(min=1, help="Images per step over all parts and processes.")] = None,
     change: Annotated[Optional[list[str]], typer.Option("--set", help="name=value of a setting of SegConfig, such as balanced=true; may be given several times.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the new layers, order and views.")] = 0,
-    precision: Annotated[Optional[str], typer.Option(help="fp32, tf32, bf16 or fp16 (GPU); the recipe's if not given.")] = None, device: Device = "auto",
-    workers: Workers = 0,
+    precision: Annotated[Optional[str], typer.Option(help="fp32, tf32, bf16 or fp16 (GPU); the recipe's if not given.")] = None, device: Device = "auto", workers: Workers = 0,
     restart: Annotated[bool, typer.Option("--restart", help="Do not continue an unfinished run, start it again.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a finished run, or one with other settings.")] = False,
 ) -> None:

@@ -4,7 +4,7 @@
 
 A file of attention holds what `adcam.voc` reads of a photograph, the means over all blocks and over the last half, in half precision times N. The maps that follow from it are
 compared with those of the computed one. Counting is one pass of `adcam.voc.count_list` with everything that the two notebooks read, one training seed, evenly spread photographs,
-one thread; CPU seconds (`time.process_time`), scaled to 1,760 photographs and to two processes. Without `--data` six drawn scenes of 961 tokens and random networks take the place
+one thread; CPU seconds (`time.process_time`), scaled to 1,760 photographs and to two processes. Without `--data` drawn scenes of 1,024 tokens and random networks take the place
 of photographs: the seconds are alike, the differences of the maps say nothing then.
 """
 import argparse
@@ -74,7 +74,7 @@ def main() -> None:
     torch.set_num_threads(1)
     start = time.time()
     with tempfile.TemporaryDirectory() as tmp:
-        data = a.data or write_voc(Path(tmp) / "voc", splits=("val",), n=a.photographs, size=434) or Path(tmp) / "voc"
+        data = a.data or write_voc(Path(tmp) / "voc", splits=("val",), n=a.photographs, size=448) or Path(tmp) / "voc"
         ds = spread_part(VOCFolder(data, a.list if a.data else "val"), a.photographs)
         file = a.weights or save_network(build_network(NETWORK, len(ds.classes), cnn_weights=a.cnn_weights, vit_weights=a.vit_weights, seed=0), Path(tmp) / "cnn.safetensors", NETWORK, "cnn")
         source = Source(NETWORK, len(ds.classes), a.cnn_weights, a.vit_weights, (str(file),))
