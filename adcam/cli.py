@@ -1139,6 +1139,17 @@ def segment_train(
         _tell_history(usual.segmentation, history, val, out)
     _tell(picked)
 
+# %% ../nbs/14_cli.ipynb #e1376545
+def _tell_predictions(out: Path, data: str, split: str, n: Optional[int], crf: bool) -> list:
+    "Score predictions, class by class; the images that could not be scored."
+    from adcam.segment import score_predictions
+    picked, odd = _images(data, split, n, masks=True, files=out), []
+    s = score_predictions(out, picked.ds, odd)
+    typer.echo(f"{len(picked.ds) - len(odd)} images of {data} {split}, {'with' if crf else 'no'} CRF, percent: mIoU {100*s['miou']:.1f}, F1 {100*s['f1']:.1f}, pixel accuracy {100*s['pixel_accuracy']:.1f}")
+    for name, iou in zip(("background", *picked.ds.classes), s["iou"]):
+        typer.echo(f"  {name:14} {100*iou:5.1f}")
+    return [*picked.skipped, *odd]
+
 # %% ../nbs/14_cli.ipynb #f3744633
 @segment_app.command("predict")
 def segment_predict(
@@ -1157,7 +1168,7 @@ def segment_predict(
     from adcam.data import Chosen, Skipped, has_mask, open_data
     from adcam.deeplab import load_deeplab
     from adcam.devices import pick_device
-    from adcam.segment import predict_dataset, score_predictions, voc_archive
+    from adcam.segment import predict_dataset, voc_archive
     from adcam.seeds import launched
     ds, shard = open_data(data, split, n, check=False), launched()
     net, *_ = _segmentation(network, profile, data, len(ds.classes), backbone)
@@ -1168,14 +1179,9 @@ def segment_predict(
         if shard[0] == 0:
             typer.echo("this was one share of several; when all are done, the same command in one process scores them")
         return _tell_skipped([Skipped(*s) for s in done["skipped"]], len(ds))
-    picked, odd = Chosen(ds, [Skipped(*s) for s in done["skipped"]], [], len(ds)), []
+    picked = Chosen(ds, [Skipped(*s) for s in done["skipped"]], [], len(ds))
     if any(has_mask(ds, i) for i in range(len(ds))):
-        scored = _images(data, split, n, masks=True, files=out)
-        s = score_predictions(out, scored.ds, odd)
-        picked = picked.also([*scored.skipped, *odd])
-        typer.echo(f"{len(scored.ds) - len(odd)} images of {data} {split}, {'with' if crf else 'no'} CRF, percent: mIoU {100*s['miou']:.1f}, F1 {100*s['f1']:.1f}, pixel accuracy {100*s['pixel_accuracy']:.1f}")
-        for name, iou in zip(("background", *ds.classes), s["iou"]):
-            typer.echo(f"  {name:14} {100*iou:5.1f}")
+        picked = picked.also(_tell_predictions(out, data, split, n, crf))
     if archive is not None:
         typer.echo(f"wrote {voc_archive(out, ds.ids, archive, competition=competition, image_set='test' if split == 'test' else 'val')}")
     _tell(picked)
@@ -1402,13 +1408,23 @@ def _overlays(out: Optional[Path], several: bool) -> Path:
         raise ValueError(f"--out {out} is one picture, and there are several photographs: name a folder")
     return out
 
+# %% ../nbs/14_cli.ipynb #ae94565f
+def _write(found, target: Path, name: str, method: str, masks: Optional[Path], maps: Optional[Path]) -> Path:
+    "The picture of a photograph, its masks and its maps; where the picture is."
+    from adcam.photo import number_classes, save_masks
+    if masks:
+        save_masks(found, masks, name, method)
+    if maps:
+        _save_maps(found, maps / f"{name}.npz", method, number_classes(found.short, maps / "classes.txt"))
+    return found.save(target)
+
 # %% ../nbs/14_cli.ipynb #53a9105a
 def _explain_all(pictures: list, folders: bool, out: Optional[Path], ask: dict, masks: Optional[Path], maps: Optional[Path], max_pixels: int, device: str) -> None:
     "Explain one picture after the other; those that cannot be read are told at the end."
     from adcam.data import Skipped
     from adcam.devices import pick_device
     from adcam.files import why_left_out
-    from adcam.photo import explain as run, number_classes, read_photo, save_masks
+    from adcam.photo import explain as run, read_photo
     from adcam.progress import tqdm
     several = folders or len(pictures) > 1
     out = _overlays(out, several)
@@ -1425,11 +1441,7 @@ def _explain_all(pictures: list, folders: bool, out: Optional[Path], ask: dict, 
             left_out.append(Skipped(name, why_left_out(error)))
             continue
         found = run(photo, **ask, device=place)
-        target = found.save(out / f"{name}.png" if several or out.is_dir() else out)
-        if masks:
-            save_masks(found, masks, name, method)
-        if maps:
-            _save_maps(found, maps / f"{name}.npz", method, number_classes(found.short, maps / "classes.txt"))
+        target = _write(found, out / f"{name}.png" if several or out.is_dir() else out, name, method, masks, maps)
         if several:
             tqdm.write(f"{target}: " + ", ".join(f"{n} {logit:.2f}" for n, logit in zip(found.short, found.logits)))
         else:
