@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from .baselines.advcam import advcam_views
@@ -94,38 +95,51 @@ class Desk:
         first = next(iter(lists.values()))
         self.learn = Subset(first, sorted(spread_order(len(first))[:effort.learn]))
 
-    def watched(self) -> dict:
-        "Photographs whose maps OAA accumulates: those of the first list that it learns from, and half as many of the second"
-        name, ds = list(self.lists.items())[-1]
-        return {next(iter(self.lists)): self.learn, name: Subset(ds, sorted(spread_order(len(ds))[:max(1, self.effort.learn // 2)]))}
-
     def once(self, name: str, make: Callable) -> Any:
         "The result of `make`, computed when it is first asked for"
         if name not in self.made: self.made[name] = make()
         return self.made[name]
 
-    @property
-    def pair(self) -> TwoBranch: return self.once("pair", lambda: self.source.pairs(self.device)[0])
 
-    def net(self) -> CamNet:
-        "A fresh copy of the CNN"
-        return cam_network(self.pair).to(self.device)
+# %% ../nbs/13j_voc_baselines.ipynb #b4f07e12
+@patch(as_prop=True)
+def pair(self: Desk) -> TwoBranch:
+    "The trained pair of the first seed"
+    return self.once("pair", lambda: self.source.pairs(self.device)[0])
 
-    def trained(self, name: str, train: Callable, load: Callable) -> nn.Module:
-        "A network out of its file; if there is none, `train(path) -> what it says` makes it, and the CPU seconds are kept beside it"
-        path = self.work / "networks" / f"{name}.safetensors"
-        def get():
-            if not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                began, told = time.process_time(), train(path)
-                atomic_write(path.with_suffix(".json"), lambda f: f.write(json.dumps(told | dict(cpu_seconds=round(time.process_time() - began, 1))).encode()))
-            return load(path).to(self.device).eval().requires_grad_(False)
-        return self.once(name, get)
+@patch
+def net(self: Desk) -> CamNet:
+    "A fresh copy of the CNN"
+    return cam_network(self.pair).to(self.device)
 
-    def told(self, name: str) -> dict:
-        "What was said about a training"
-        path = self.work / "networks" / f"{name}.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+
+# %% ../nbs/13j_voc_baselines.ipynb #91c5d3e8
+@patch
+def watched(self: Desk) -> dict:
+    "Photographs whose maps OAA accumulates: those of the first list that it learns from, and half as many of the second"
+    name, ds = list(self.lists.items())[-1]
+    return {next(iter(self.lists)): self.learn, name: Subset(ds, sorted(spread_order(len(ds))[:max(1, self.effort.learn // 2)]))}
+
+
+# %% ../nbs/13j_voc_baselines.ipynb #0f6ad4c3
+@patch
+def trained(self: Desk, name: str, train: Callable, load: Callable) -> nn.Module:
+    "A network out of its file; if there is none, `train(path) -> what it says` makes it, and the CPU seconds are kept beside it"
+    path = self.work / "networks" / f"{name}.safetensors"
+    def get():
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            began, told = time.process_time(), train(path)
+            atomic_write(path.with_suffix(".json"), lambda f: f.write(json.dumps(told | dict(cpu_seconds=round(time.process_time() - began, 1))).encode()))
+        return load(path).to(self.device).eval().requires_grad_(False)
+    return self.once(name, get)
+
+@patch
+def told(self: Desk, name: str) -> dict:
+    "What was said about a training"
+    path = self.work / "networks" / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
 
 # %% ../nbs/13j_voc_baselines.ipynb #07eb4059
 def _class_vectors(desk: Desk) -> tuple[Tensor, Tensor]:
@@ -137,6 +151,7 @@ def _class_vectors(desk: Desk) -> tuple[Tensor, Tensor]:
             found.append((class_vectors(class_weights(net), f)[0], torch.as_tensor(sample.label, dtype=torch.float32)))
     return tuple(torch.stack(part).to(desk.device) for part in zip(*found))
 
+# %% ../nbs/13j_voc_baselines.ipynb #28bb61d4
 def train_recam_head(
     desk: Desk,          # with photographs to learn from
     path: Path,          # file to write
@@ -167,6 +182,7 @@ def _train_seam(desk: Desk, path: Path) -> dict:
     save_weights(net, path)
     return dict(photographs=len(desk.learn), steps=len(history), lr=config.lr_backbone, first=round(history[0]["loss"], 3), last=round(history[-1]["loss"], 3))
 
+# %% ../nbs/13j_voc_baselines.ipynb #e19b74c0
 def _train_oaa(desk: Desk, path: Path) -> dict:
     "A classifier from the start, and the maps of both lists on its way"
     e, s = desk.effort, desk.source
@@ -196,6 +212,7 @@ def _train_getam_head(desk: Desk, path: Path) -> dict:
     save_weights(pair.trans_cls_head, path)
     return dict(photographs=len(desk.learn), steps=len(history), last=round(history[-1]["trans"], 4))
 
+# %% ../nbs/13j_voc_baselines.ipynb #07d4ea93
 def _getam_pair(desk: Desk, path: Path) -> TwoBranch:
     "The pair with that classifier"
     pair = copy.deepcopy(desk.pair)
@@ -207,6 +224,7 @@ def affinity_network(source: Source) -> AffinityNet:
     "PSA on the stages of the pair's CNN"
     return AffinityNet(CnnStages(source.network.split("+")[0], source.cnn_weights or None))
 
+# %% ../nbs/13j_voc_baselines.ipynb #b26f85e1
 def _train_affinity(desk: Desk, path: Path) -> dict:
     "Scores of two CRFs, then AffinityNet"
     e, first, folder = desk.effort, next(iter(desk.lists.values())), desk.work / "affinity"
@@ -233,6 +251,7 @@ class Baseline(NamedTuple):
     @property
     def folder(self) -> str: return "".join(c if c.isalnum() else "_" for c in self.name)
 
+# %% ../nbs/13j_voc_baselines.ipynb #a3e6f0d5
 def _reader(desk: Desk, net: CamNet) -> CamNet:
     "A network whose views have the size of the pair's"
     net.stride = desk.pair.stride
@@ -241,6 +260,8 @@ def _reader(desk: Desk, net: CamNet) -> CamNet:
 def _cnn(desk: Desk) -> CamNet: return desk.once("reader", lambda: _reader(desk, desk.net().requires_grad_(False)))
 def _recam(desk: Desk, name: str, **how) -> CamNet:
     return desk.trained(name, lambda p: train_recam_head(desk, p, **how), lambda p: _reader(desk, load_recam(desk.net(), p)))
+
+# %% ../nbs/13j_voc_baselines.ipynb #6f03c9d7
 def _seam(desk: Desk) -> CamNet: return desk.trained("seam", lambda p: _train_seam(desk, p), lambda p: _reader(desk, load_seam(desk.net(), p)))
 def oaa(desk: Desk) -> CamNet:
     "The classifier that was watched"
@@ -311,6 +332,7 @@ def _counted(maps: Tensor, sample: Any) -> dict:
     tp, pred = count_maps(maps[None], torch.from_numpy(np.flatnonzero(sample.label)), torch.from_numpy(sample.mask), torch.tensor(THRESHOLDS))
     return dict(tp=tp[0].numpy().astype(np.int32), pred=pred[0].numpy().astype(np.int32))
 
+# %% ../nbs/13j_voc_baselines.ipynb #46d2e9b8
 def do_chunk(
     desk: Desk,            # networks and photographs
     name: str,             # a row, one of `ROWS`
@@ -399,6 +421,7 @@ class Counted(NamedTuple):
     gt: np.ndarray       # (n,K+1)
     seconds: np.ndarray  # (n,) CPU seconds of each map; NaN for walks, whose boundaries are shared by all rows
 
+# %% ../nbs/13j_voc_baselines.ipynb #7c1b83fa
 def read_counts(
     folder: Path,       # of a row's files
     ds: Any,            # the list they belong to
@@ -425,6 +448,7 @@ def _of(c: Counted, ids: list) -> Counted:
 
 def _total(c: Counted) -> dict: return score_counts(c.tp.sum(0), c.pred.sum(0), c.gt.sum(0))   # (T,) each
 
+# %% ../nbs/13j_voc_baselines.ipynb #d95f7a20
 def lead_interval(
     a: Counted,          # a row
     b: Counted,          # another one on the same photographs

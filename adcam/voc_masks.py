@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 import numpy as np
 import torch
+from fastcore.basics import patch
 from .classifier import save_weights
 from .data import Subset, to_tensor
 from .devices import pick_device
@@ -73,6 +74,7 @@ def _open(source: Source, device: str, threads: int, rows: list, work: Path) -> 
     torch.set_num_threads(threads)
     _job.update(source=source, device=pick_device(device), rows=rows, work=Path(work), pair=None, irnet={})
 
+# %% ../nbs/13f_voc_masks.ipynb #9c2d70b5
 def _pair():
     "The pair of the first training seed, built when it is needed"
     if _job["pair"] is None: _job["pair"] = _job["source"].pairs(_job["device"])[0]
@@ -125,7 +127,8 @@ def _seed_chunk(ds: Any, indices: list[int], thresholds: dict, every: int, path:
 class Pool:
     "Processes for the jobs of this notebook; with one process, this one"
     def __init__(self, source: Source, rows: list[Row], work: str | Path, processes: int = 1, device: str = "cpu"):
-        self.start, self.processes, self.pool = (source, device, torch.get_num_threads() if processes == 1 else max(1, (os.cpu_count() or 1) // processes), rows, Path(work)), processes, None
+        threads = torch.get_num_threads() if processes == 1 else max(1, (os.cpu_count() or 1) // processes)
+        self.start, self.processes, self.pool = (source, device, threads, rows, Path(work)), processes, None
 
     def __enter__(self) -> "Pool":
         if self.processes == 1: _open(*self.start)
@@ -136,15 +139,6 @@ class Pool:
         if self.pool: self.pool.shutdown(cancel_futures=True)
         _job.clear()
 
-    def run(self, job: Any, calls: list[tuple], until: float = math.inf) -> int:
-        "Do `job(*call)` for all calls, in any order, until the time is up; how many were done"
-        if self.pool is None:
-            done = 0
-            for c in calls:
-                if time.monotonic() > until: break
-                job(*c); done += 1
-            return done
-        return sum(f.result() for f in as_completed([self.pool.submit(_in_time, job, c, until) for c in calls]))
 
 # %% ../nbs/13f_voc_masks.ipynb #2bf230c9
 def _in_time(job: Any, call: tuple, until: float) -> int:
@@ -152,6 +146,13 @@ def _in_time(job: Any, call: tuple, until: float) -> int:
     if time.monotonic() > until: return 0
     job(*call)
     return 1
+
+@patch
+def run(self: Pool, job: Any, calls: list[tuple], until: float = math.inf) -> int:
+    "Do `job(*call)` for all calls, in any order, until the time is up; how many were done"
+    if self.pool is None: return sum(_in_time(job, c, until) for c in calls)
+    return sum(f.result() for f in as_completed([self.pool.submit(_in_time, job, c, until) for c in calls]))
+
 
 # %% ../nbs/13f_voc_masks.ipynb #fff6d7a6
 def chunks(n: int, size: int) -> list[list[int]]:
@@ -322,22 +323,31 @@ def segment(
     return told
 
 # %% ../nbs/13f_voc_masks.ipynb #5b1c0d29
+_KEPT = ("rule", "t", "miou", "fp", "fn", "iou_bg", "f1", "pixel_accuracy")
+
+def _walk_rows(work: Path, lists: list[str], names: dict) -> list[dict]:
+    "Seeds and pseudo masks of both lists"
+    images = {n: len({k.partition("/")[0] for p in (work / "walks").glob(f"{n}-*.npz") for k in np.load(p).files} - {"hist", "seed"}) for n in lists}
+    out = []
+    for column, kind in dict(seed="seed", pseudo="hist").items():
+        counted = {n: walk_counts(work, n, kind) for n in lists}
+        for n, other in (lists, lists[::-1]):
+            for row in (r for r in counted[n] if r in counted[other]):
+                out += [dict(row=names[row], column=column, split=n, n=images[n], **{v: r[v] for v in _KEPT}) for r in side_by_side(counted[n][row], counted[other][row])]
+    return out
+
+
+# %% ../nbs/13f_voc_masks.ipynb #f13e5b6a
 def mask_rows(
     work: str | Path,        # folder of the run
     lists: list[str],        # names of the two lists
     rows: list[Row],         # of the table
 ) -> list[dict]:             # row, column, split, n, rule, t, miou, fp, fn, f1, pixel_accuracy
     "Scores of everything that is finished; \"seed\" are the seeds of the photographs that were walked"
-    kept, out = ("rule", "t", "miou", "fp", "fn", "iou_bg", "f1", "pixel_accuracy"), []
-    names = {r.folder: r.name for r in rows} | dict(truth="ground truth")
-    images = {n: len({k.split("/")[0] for p in (Path(work) / "walks").glob(f"{n}-*.npz") for k in np.load(p).files} - {"hist", "seed"}) for n in lists}
-    for column, kind in dict(seed="seed", pseudo="hist").items():
-        counted = {n: walk_counts(work, n, kind) for n in lists}
-        for n, other in (lists, lists[::-1]):
-            for row in (r for r in counted[n] if r in counted[other]):
-                out += [dict(row=names[row], column=column, split=n, n=images[n], **{v: r[v] for v in kept}) for r in side_by_side(counted[n][row], counted[other][row])]
+    names, out = {r.folder: r.name for r in rows} | dict(truth="ground truth"), []
     for path in sorted((Path(work) / "segmentation").glob("*.json")):
         told = json.loads(path.read_text())
         s = scores(np.array(told["confusion"]))
-        out.append(dict(row=names[told["row"]], column="segmentation", split=lists[1], n=told["tested"], learned=told["images"], rule="", t=None, **{v: s[v] for v in kept[2:]}, steps=told["steps"]))
-    return out
+        out.append(dict(row=names[told["row"]], column="segmentation", split=lists[1], n=told["tested"], learned=told["images"], rule="", t=None, **{v: s[v] for v in _KEPT[2:]}, steps=told["steps"]))
+    return _walk_rows(Path(work), lists, names) + out
+

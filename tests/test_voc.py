@@ -14,6 +14,7 @@ from adcam.pipeline import load_result, upsample
 from adcam.scenes import write_voc
 from adcam.learned import mean_average_precision
 from adcam.voc import Plan, as_plan, check_photographs, count_maps, counts_rows, load_counts, other_list, photograph_rows, plan_dict, score_counts, why_rows
+from adcam.voc_masks import preferred_k, table_rows
 from conftest import ROOT
 
 
@@ -44,6 +45,16 @@ def test_a_second_run_computes_nothing_again(voc_measure, measured):
     assert {p: p.stat().st_mtime_ns for p in before} == before
     a, b = (np.load(measured / folder / "frozen-val.npz") for folder in ("out", "again"))
     assert all((a[n] == b[n]).all() for n in ("tp", "pred", "gt"))
+
+
+def test_the_preferred_k_is_that_of_the_best_seeds(measured):
+    found = load_counts(measured / "out")
+    choose = next(c for c in found if (c.state, c.split) == ("frozen", "train"))
+    rows = [r for r in counts_rows([choose]) if (r["method"], r["blocks"], r["steps"], r["rule"]) == ("ad_cam", "half", choose.plan.T, "oracle")]
+    for direction, k in preferred_k(choose).items():
+        of = {n: np.mean([r["miou"] for r in rows if (r["direction"], r["k"]) == (direction, n)]) for n in choose.plan.ks}
+        assert of[k] == pytest.approx(max(of.values()))
+    assert [r.name for r in table_rows(5, 2, dict(pull=20, push=5))[6:]] == ["AD-CAM, pull, 20 neighbors"]
 
 
 def test_a_list_gets_the_thresholds_of_the_other(measured):
