@@ -250,10 +250,6 @@ def seed_stage(
     return done, f"{done['computed']} computed, {done['cached']} were there"
 
 # %% ../nbs/13b_run.ipynb #c1d79205
-def _indices(ds: Any, ids: list) -> list[int]:
-    where = {name: i for i, name in enumerate(ds.ids)}
-    return [where[i] for i in ids]
-
 def _mask_or_none(ds: Any, i: int) -> np.ndarray | None:
     "The mask of an image; None if there is none, or, with a word, if it cannot be read"
     try: return mask_of(ds, i)
