@@ -1412,11 +1412,12 @@ def _overlays(out: Optional[Path], several: bool) -> Path:
 def _write(found, target: Path, name: str, method: str, masks: Optional[Path], maps: Optional[Path]) -> Path:
     "The picture of a photograph, its masks and its maps; where the picture is."
     from adcam.photo import number_classes, save_masks
+    where = found.save(target)
     if masks:
         save_masks(found, masks, name, method)
     if maps:
         _save_maps(found, maps / f"{name}.npz", method, number_classes(found.short, maps / "classes.txt"))
-    return found.save(target)
+    return where
 
 # %% ../nbs/14_cli.ipynb #53a9105a
 def _explain_all(pictures: list, folders: bool, out: Optional[Path], ask: dict, masks: Optional[Path], maps: Optional[Path], max_pixels: int, device: str) -> None:
