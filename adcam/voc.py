@@ -744,9 +744,13 @@ def counts_for(
     return count_photographs(data, **given, seeds=settings.get("seeds") or [settings["seed"]], plan=plan)
 
 # %% ../nbs/13e_voc.ipynb #20d8d79d
+_OF_SCENES = ("checkpoints", "n_train", "n_val", "n_test", "n_why", "n_heads", "rows", "segmented", "pretrainings", "irn_epochs", "irn_batch", "irn_crop", "irn_scale", "irn_radius", "seg_iterations")
+
 def file_names(
     settings: dict,   # parameters of a figure notebook
-) -> dict:            # the same, without places on this machine
+) -> dict:            # the same, without places on this machine and, of photographs, without those that only Scenes have
     "Parameters as results keep them"
     names = lambda v: ",".join(Path(f.strip()).name for f in str(v).split(","))
-    return settings | {n: names(settings[n]) for n in ("data", "counts", "weights", "cnn_weights", "vit_weights") if settings.get(n)}
+    photos = settings.get("counts") or settings.get("data")
+    kept = {n: v for n, v in settings.items() if not (photos and n in _OF_SCENES)}
+    return kept | {n: names(kept[n]) for n in ("data", "counts", "weights", "cnn_weights", "vit_weights") if kept.get(n)}
