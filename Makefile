@@ -128,7 +128,7 @@ checkpoints: install ## train the three seeds anew, with and without stop-gradie
 	$(PY) -m adcam.cli checkpoints
 
 BENCHES := $(filter-out tools/bench/gpu.py,$(wildcard tools/bench/*.py))
-bench: install ## measure speed ratios: results/mini/bench.json, and results/bench for each tools/bench/*.py (45 min)
+bench: install ## measure speed ratios: results/mini/bench.json, and results/bench for each tools/bench/*.py (50 min)
 	$(PY) -m adcam.cli bench --out $(OUT)
 	n=0; for script in $(BENCHES); do n=$$((n + 1)); echo "$$n of $(words $(BENCHES)): $$script" >&2; OMP_NUM_THREADS=1 $(PY) $$script || exit 1; done
 

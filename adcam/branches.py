@@ -335,9 +335,10 @@ class TwoBranch(nn.Module):
         self.sides = _sides(self.cnn)
         self.names, self.stride = (cnn, vit), self.vit.patch_embed.feat_ratio()
         self.weights = dict(cnn=_source(self.cnn, cnn_weights, pretrained), vit=_source(self.vit, vit_weights, pretrained))
+        self.trained = {}                                                    # of each branch whose weights were replaced by a trained file: as `weights`
         for name, net in (("cnn_norm", self.cnn), ("vit_norm", self.vit)): self.register_buffer(name, torch.stack(renormalized(net.pretrained_cfg)), persistent=False)
         self._set_heads(num_classes, cnn)
-        if checkpoint is not None: _load(self, checkpoint)
+        if checkpoint is not None: _load(self, checkpoint); self.came_from(checkpoint)
         self.train()
 
 # %% ../nbs/06_branches.ipynb #b1fcea30
@@ -351,6 +352,14 @@ def grid(self:TwoBranch,
     for name, n in zip(("height", "width"), size):
         if n < s or n % s: raise ValueError(f"{name} {n} does not fit: the ViT's patches have {s} pixels, so height and width must be multiples of {s} (nearest: {max(s, round(n/s)*s)})")
     return size[0]//s, size[1]//s
+
+@patch
+def came_from(self:TwoBranch,
+              path:str|Path, # file that was loaded over the start weights
+              branches:tuple[str,...]=("cnn", "vit") # which of them it holds
+             ) -> None:
+    "Remember where trained weights came from; `weights` still says what they started from"
+    self.trained |= {b: _source(None, path, False) | dict(start=self.weights[b]["source"]) for b in branches}
 
 @patch
 def _inputs(self:TwoBranch, x):

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['app', 'Data', 'Split', 'Images', 'Device', 'Precision', 'data_app', 'AnySize', 'Processes', 'Where', 'Network',
            'Weights', 'CnnWeights', 'VitWeights', 'Workers', 'DetachAfter', 'TrainingSeed', 'Coupled', 'OnlyEstimate',
-           'Anyway', 'CnnName', 'ImageNet', 'irnet_app', 'Recipe', 'AllCores', 'SmallBackbone', 'Pair', 'segment_app',
-           'SegNet', 'SegProfile', 'Backbone', 'Pictures', 'Overlay', 'ClassesWanted', 'BothNames', 'Trained',
-           'ClassNames', 'Layers', 'Threshold', 'MaskFolder', 'MapFolder', 'main', 'version', 'scenes', 'Kind',
-           'Published', 'check', 'get', 'convert', 'weights', 'profile', 'seeds', 'seeds_check', 'seeds_merge',
-           'evaluate', 'show', 'Form', 'export_command', 'import_command', 'train', 'train_heads', 'train_cam_command',
-           'train_recam_command', 'train_seam_command', 'train_oaa_command', 'irnet_labels', 'irnet_train',
-           'irnet_masks', 'crf', 'segment_train', 'segment_predict', 'whole_run', 'own_masks', 'explain', 'checkpoints',
-           'paper', 'bench']
+           'Anyway', 'RunFolder', 'Batch', 'Crop', 'CnnName', 'ImageNet', 'irnet_app', 'Recipe', 'AllCores',
+           'SmallBackbone', 'OtherBranch', 'Pair', 'segment_app', 'SegNet', 'SegProfile', 'Backbone', 'Pictures',
+           'Overlay', 'ClassesWanted', 'BothNames', 'Trained', 'ClassNames', 'Layers', 'Threshold', 'MaskFolder',
+           'MapFolder', 'main', 'version', 'scenes', 'Kind', 'Published', 'check', 'get', 'convert', 'weights',
+           'profile', 'seeds', 'seeds_check', 'seeds_merge', 'evaluate', 'show', 'Form', 'export_command',
+           'import_command', 'train', 'train_heads', 'train_cam_command', 'train_recam_command', 'train_seam_command',
+           'train_oaa_command', 'irnet_labels', 'irnet_train', 'irnet_masks', 'crf', 'segment_train', 'segment_predict',
+           'whole_run', 'own_masks', 'explain', 'checkpoints', 'paper', 'bench']
 
 # %% ../nbs/14_cli.ipynb #e9194bbd
 import contextlib
@@ -36,6 +36,7 @@ class _Commands(typer.core.TyperGroup):
             typer.echo("adcam: stopped. Finished files are kept; the same command continues", err=True)
             raise SystemExit(130) from None
 
+# %% ../nbs/14_cli.ipynb #3d84e8e9
 app = typer.Typer(name="adcam", cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
                   epilog="Every command has its own --help; `adcam --install-completion` teaches the shell their names. Errors in the input end with exit code 2 and one line that says what to do.")
 
@@ -50,6 +51,7 @@ def _is_bad_input(error: BaseException) -> bool:
     known = (ValueError, LookupError, OSError, FloatingPointError, ImportError, MemoryError, WorkerDied)  # FloatingPointError: a loss that became NaN
     return isinstance(error, known)
 
+# %% ../nbs/14_cli.ipynb #b2c209f1
 def main(
     args: Optional[list] = None,  # words of the command line; None takes those of the process
 ) -> None:
@@ -96,6 +98,7 @@ def _dataset(data: str, split: str, n: Optional[int] = None, masks: bool = True,
     picked = _images(data, split, n, masks=masks, decode=True, workers=workers)
     return picked.ds, picked.skipped
 
+# %% ../nbs/14_cli.ipynb #23c3305e
 def _tell_skipped(skipped: list, total: int) -> None:
     "Tell which images were skipped; exit code 1 if there are any: the work is done, but not for all images."
     from adcam.data import skipped_report
@@ -128,6 +131,7 @@ def scenes(
 data_app = typer.Typer(no_args_is_help=True, help="Fetch, check and convert VOC 2012, COCO 2014, or check a folder of your own.")
 app.add_typer(data_app, name="data")
 
+# %% ../nbs/14_cli.ipynb #86d2375f
 class Kind(str, Enum):
     "Data sets with a layout that is known."
     voc2012 = "voc2012"
@@ -139,10 +143,12 @@ class Published(str, Enum):
     voc2012 = "voc2012"
     coco2014 = "coco2014"
 
+# %% ../nbs/14_cli.ipynb #cb63fdf9
 AnySize = Annotated[bool, typer.Option("--any-size", help="Do not insist on the published counts; for a small tree.")]
 Processes = Annotated[int, typer.Option(min=1, help="Worker processes.")]
 Where = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the data set.")]
 
+# %% ../nbs/14_cli.ipynb #6866bcfb
 def _tell_tree(report=None, done=None) -> None:
     "Say what there is and what was skipped; exit code 1 if it is not all."
     if done is not None:
@@ -230,6 +236,7 @@ DetachAfter = Annotated[str, typer.Option(help="Last layer that is not trained: 
 TrainingSeed = Annotated[int, typer.Option("--seed", help="Which of the shipped networks: 0, 1 or 2.")]
 Coupled = Annotated[bool, typer.Option("--coupled", help="The shipped network trained without stop-gradient.")]
 
+# %% ../nbs/14_cli.ipynb #e5112fad
 def _two_branches(network: str, classes: int, cnn: Optional[Path] = None, vit: Optional[Path] = None, seed: int = 0, **switches):
     "An untrained Conformer or pair of the options above; switches are a Conformer's."
     from adcam.networks import build_network, network_name
@@ -240,6 +247,7 @@ def _two_branches(network: str, classes: int, cnn: Optional[Path] = None, vit: O
         typer.echo(f"warning: {what} starts from random numbers where no file is named; give --cnn-weights and --vit-weights", err=True)
     return build_network(network, classes, cnn_weights=cnn, vit_weights=vit, **(dict(seed=seed) if what.kind == "pair" else switches))
 
+# %% ../nbs/14_cli.ipynb #258a5000
 def _network(network: str, classes: int, weights: Optional[Path] = None, seed: int = 0, coupled: bool = False, cnn: Optional[Path] = None, vit: Optional[Path] = None):
     "The network of the options above, in evaluation mode; a file that holds ReCAM's second classifier or SEAM's head gives that one too."
     from adcam.cnn import mini_path
@@ -253,11 +261,11 @@ def _network(network: str, classes: int, weights: Optional[Path] = None, seed: i
     options = dict(output_stride=told["output_stride"]) if what.kind == "pair" and "output_stride" in told else {}
     return build_network(str(what), classes, weights=path, cnn_weights=cnn, vit_weights=vit, **options).eval()
 
+# %% ../nbs/14_cli.ipynb #425ec47d
 def _only_conformer(model, option: str) -> None:
     from adcam.conformer import Conformer
     if not isinstance(model, Conformer):
         raise ValueError(f"{option} belongs to a Conformer; a pair starts from --cnn-weights and --vit-weights")
-
 
 # %% ../nbs/14_cli.ipynb #20d9d0b0
 @app.command()
@@ -292,6 +300,7 @@ def _value(text: str):
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text
 
+# %% ../nbs/14_cli.ipynb #f32cd767
 def _pairs(option: Optional[list]) -> dict:
     "`iterations=13` as {'iterations': 13}"
     given = {}
@@ -302,6 +311,7 @@ def _pairs(option: Optional[list]) -> dict:
         given[name.strip()] = _value(value)
     return given
 
+# %% ../nbs/14_cli.ipynb #8259037c
 def _numbers(text: str, name: str) -> tuple:
     "`1,0.5` as (1.0, 0.5)"
     try:
@@ -309,10 +319,16 @@ def _numbers(text: str, name: str) -> tuple:
     except ValueError:
         raise ValueError(f"{name} is {text!r}; give numbers separated by commas, such as 1,0.5,1.5") from None
 
+# %% ../nbs/14_cli.ipynb #581fb71a
+def _given(**options) -> dict:
+    "The options that were given; the others are left to a profile or a recipe."
+    return {name: value for name, value in options.items() if value is not None}
+
 # %% ../nbs/14_cli.ipynb #c0a5e107
 OnlyEstimate = Annotated[bool, typer.Option("--estimate", help="Only say how long it will take and how much memory it needs.")]
 Anyway = Annotated[bool, typer.Option("--anyway", help="Go on although the memory is too small by the estimate.")]
 
+# %% ../nbs/14_cli.ipynb #3a618752
 def _tell_seeds_cost(model, ds, out: Path, method: str, views: dict, options: dict, precision: str, processes: int, only: bool, anyway: bool, force: bool) -> None:
     "Print what the missing seeds will cost; where several processes are launched, nothing is said. An image that cannot be read is told later."
     from dataclasses import replace
@@ -374,8 +390,7 @@ def seeds(
     from adcam.seeds import extract_dataset
     usual, ds = profiles["mini" if data == "mini" else "voc"], open_data(data, split, n, check=False)
     factors = _numbers(scales, "--scales") if scales else usual.scales
-    given = {name: value for name, value in dict(k=k, steps=steps, direction=direction).items() if value is not None}
-    options = method_options(replace(usual, scales=factors), method, **given | _pairs(option))
+    options = method_options(replace(usual, scales=factors), method, **_given(k=k, steps=steps, direction=direction) | _pairs(option))
     place = pick_device(device)
     check_precision(precision, place)
     model = _network(network, len(ds.classes), weights, seed, coupled, cnn_weights, vit_weights).to(place)
@@ -475,6 +490,7 @@ def _class_list(text: Optional[str]) -> Optional[tuple]:
     names = path.read_text(encoding="utf-8-sig").splitlines() if path.is_file() else text.split(",")
     return class_names([n for n in names if n.strip()], text)
 
+# %% ../nbs/14_cli.ipynb #69fd4ab8
 def _images_of(folder: Path, suffix: str, data: str, split: str, n: Optional[int]):
     "The images that a folder of results was made from. Photographs without a table have theirs beside the results, where `adcam masks` wrote it."
     from adcam.data import Subset, chosen, folder as own
@@ -491,12 +507,13 @@ def _images_of(folder: Path, suffix: str, data: str, split: str, n: Optional[int
         raise ValueError(f"{folder} was made for the classes {', '.join(classes[:9])} ({named}), the data has {', '.join(picked.ds.classes[:9])}; name the data that it was made from")
     return picked
 
+# %% ../nbs/14_cli.ipynb #6fa0241f
 def _shown(folder: Path, data: str, split: str, n: Optional[int]) -> tuple:
     "What a folder holds (`kind_of`) and the images it belongs to; the folder may be a data set itself."
-    from adcam.data import KINDS
+    from adcam.data import split_kind
     from adcam.show import kind_of
     name = str(folder)
-    suffix = "" if name == "mini" or name.partition(":")[0] in KINDS else kind_of(folder)
+    suffix = "" if name == "mini" or split_kind(name)[0] else kind_of(folder)
     return suffix, _images_of(folder, suffix, data, split, n) if suffix else _images(name, split, n, masks=True)
 
 # %% ../nbs/14_cli.ipynb #2b237cd5
@@ -576,6 +593,11 @@ def import_command(
         typer.echo(f"{len(done.empty)} mask{'s have' if len(done.empty) > 1 else ' has'} no object, first {done.empty[0]}")
     _tell_skipped(done.skipped, len(done.ids) + len(done.skipped))
 
+# %% ../nbs/14_cli.ipynb #98ca3c5e
+RunFolder = Annotated[Path, typer.Option(help="Folder for weights.safetensors, last.pt and log.jsonl.")]
+Batch = Annotated[int, typer.Option(min=1, help="Images per step over all processes.")]
+Crop = Annotated[Optional[int], typer.Option(min=16, help="Side of a training view in pixels.")]
+
 # %% ../nbs/14_cli.ipynb #11d8bc29
 def _kept_back(ds, hold_out: bool) -> tuple:
     "Images to learn from, images to judge, and what to call the latter."
@@ -588,14 +610,20 @@ def _kept_back(ds, hold_out: bool) -> tuple:
         raise ValueError(f"{len(ds)} images are too few to hold a fifth back; leave --hold-out out")
     return Subset(ds, learn), Subset(ds, judge), "held out"
 
-def _tell_learned(model, ds, on: str = "that it has learned from") -> None:
+# %% ../nbs/14_cli.ipynb #e9d3a26b
+def _tell_found(found) -> None:
     "mAP beside chance, and a warning in words where the classifier knows nothing."
-    from adcam.learned import learned, warning
-    found = learned(model, ds, on)
+    from adcam.learned import warning
     typer.echo(str(found))
     if text := warning(found):
         typer.echo(f"warning: {text}", err=True)
 
+def _tell_learned(model, ds, on: str = "that it has learned from") -> None:
+    "The same for a trained network: it is asked about these images."
+    from adcam.learned import learned
+    _tell_found(learned(model, ds, on))
+
+# %% ../nbs/14_cli.ipynb #1e930bcd
 def _start_from(model, start: Optional[Path]) -> None:
     "Pre-trained weights, if a file was named; says which heads are new."
     from adcam import conformer
@@ -608,7 +636,7 @@ def _start_from(model, start: Optional[Path]) -> None:
 # %% ../nbs/14_cli.ipynb #a920e71d
 @app.command()
 def train(
-    out: Annotated[Path, typer.Option(help="Folder for weights.safetensors, last.pt and log.jsonl.")],
+    out: RunFolder,
     data: Data = "mini", split: Split = "train", n: Images = None,
     network: Network = "mini", cnn_weights: CnnWeights = None, vit_weights: VitWeights = None,
     start: Annotated[Optional[Path], typer.Option(help="Of a Conformer: pre-trained weights; heads of another class count are left out.")] = None,
@@ -616,7 +644,7 @@ def train(
     stop_grad: Annotated[str, typer.Option(help="input (the paper), output, none, only_down or only_up.")] = "input",
     epochs: Annotated[Optional[int], typer.Option(min=1, help="Passes over the data; 5 in the paper.")] = None,
     batch: Annotated[Optional[int], typer.Option(min=1, help="Images per step over all processes.")] = None,
-    crop: Annotated[Optional[int], typer.Option(min=16, help="Side of a training view in pixels.")] = None,
+    crop: Crop = None,
     seed: Annotated[int, typer.Option(help="Seed of order, views and drop path.")] = 0,
     precision: Precision = "fp32", device: Device = "auto",
     freeze_bn: Annotated[bool, typer.Option("--freeze-bn", help="Keep the BatchNorm statistics of the start weights.")] = False,
@@ -634,9 +662,8 @@ def train(
     total, model = len(ds) + len(skipped), _two_branches(network, len(ds.classes), cnn_weights, vit_weights, seed, stop_grad=stop_grad)
     _start_from(model, start)
     ds, judged, on = _kept_back(ds, hold_out)
-    given = {n: v for n, v in dict(epochs=epochs, batch=batch, crop=crop).items() if v is not None}
     rank, several = launched()
-    config = train_config(usual, **given, seed=seed, mixed_precision=precision, workers=workers, freeze_bn=freeze_bn, sync_bn=sync_bn and several > 1 and not freeze_bn)
+    config = train_config(usual, **_given(epochs=epochs, batch=batch, crop=crop), seed=seed, mixed_precision=precision, workers=workers, freeze_bn=freeze_bn, sync_bn=sync_bn and several > 1 and not freeze_bn)
     train_network(model, ds, config, train_vit, out=out, accumulate=accumulate, device=device)
     if rank == 0:
         typer.echo(f"wrote {save_trained(model, out / 'weights.safetensors', network, classes=list(ds.classes))}")
@@ -658,7 +685,7 @@ def train_heads(
     from adcam import conformer
     from adcam.devices import pick_device
     from adcam.classifier import HeadsConfig, cached_features, train_heads as fit
-    from adcam.learned import choose_penalty, judge, warning
+    from adcam.learned import choose_penalty, judge
     from adcam.networks import save_trained
     ds, skipped = _dataset(data, split, n, masks=False)
     model = _two_branches(network, len(ds.classes), cnn_weights, vit_weights)
@@ -667,118 +694,107 @@ def train_heads(
         conformer.load_pretrained(model, start)
     config, model = HeadsConfig(size=size, solver=solver), model.to(pick_device(device))
     features = cached_features(model, ds, size, batch=config.batch, cache=out)
-    found = None
-    if len(ds) > 1:
-        config, logits = choose_penalty(model, features, config)
-        found = judge(logits, features.labels.numpy())
+    config, logits = choose_penalty(model, features, config) if len(ds) > 1 else (config, None)
     history = fit(model, features, config)
     typer.echo(f"{len(history)} steps, penalty {config.weight_decay:g}, loss {history[0]['loss']:.3f} -> {history[-1]['loss']:.3f}; wrote {save_trained(model, out / 'weights.safetensors', network, classes=list(ds.classes))}")
-    if found is not None:
-        typer.echo(f"{found}")
-        if text := warning(found):
-            typer.echo(f"warning: {text}", err=True)
+    if logits is not None:
+        _tell_found(judge(logits, features.labels.numpy()))
     _tell_skipped(skipped, len(ds) + len(skipped))
 
 # %% ../nbs/14_cli.ipynb #5e0b1c77
 CnnName = Annotated[str, typer.Option("--backbone", help="`cam_resnet50` (IRN's), `resnet_mini`, or the timm name of a CNN.")]
 ImageNet = Annotated[Optional[str], typer.Option(help="File of the backbone's ImageNet weights, or `timm` to download them; for resnet_mini not needed.")]
 
-def _new_cnn(backbone: str, classes: int, imagenet: Optional[str], detach_after: Optional[str]):
+# %% ../nbs/14_cli.ipynb #6bddced0
+def _new_cnn(backbone: str, classes: int, imagenet: Optional[str], detach_after: Optional[str], seed: int):
     "A CAM network with a new classifier on pre-trained layers."
+    import torch
     from adcam.cnn import CamNet, cam_resnet50, load_backbone, mini_path, resnet_mini
+    torch.manual_seed(seed)
     if backbone == "resnet_mini":
         return load_backbone(resnet_mini(classes), imagenet or mini_path("pretrained"))
     if backbone == "cam_resnet50":
         return cam_resnet50(classes, weights=imagenet, detach_after=detach_after)
     return CamNet(backbone, classes, weights=imagenet, detach_after=detach_after)
 
+# %% ../nbs/14_cli.ipynb #8fc2a417
+def _fall(history: list) -> str:
+    "What a training has come to."
+    return f"{len(history)} steps, loss {history[0]['loss']:.3f} -> {history[-1]['loss']:.3f}"
+
+def _tell_cnn(net, ds, skipped: list, history: list, out: Path) -> None:
+    "Save a trained CNN and say everything about it."
+    from adcam.classifier import save_weights
+    typer.echo(f"{_fall(history)}; wrote {save_weights(net, out / 'weights.safetensors')}")
+    _tell_learned(net, ds)
+    _tell_skipped(skipped, len(ds) + len(skipped))
+
 # %% ../nbs/14_cli.ipynb #c41f36d7
 @app.command("train-cam")
 def train_cam_command(
-    out: Annotated[Path, typer.Option(help="Folder for weights.safetensors, last.pt and log.jsonl.")],
+    out: RunFolder,
     data: Data = "mini", split: Split = "train", n: Images = None,
     backbone: CnnName = "cam_resnet50", imagenet: ImageNet = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the data.")] = 5,
-    batch: Annotated[int, typer.Option(min=1, help="Images per step over all processes.")] = 16,
+    batch: Batch = 16,
     lr_backbone: Annotated[float, typer.Option(help="Learning rate of the pre-trained layers.")] = 0.1,
     lr_head: Annotated[float, typer.Option(help="Learning rate of the classifier.")] = 1.0,
     detach_after: DetachAfter = "layer2",
-    seed: TrainingSeed = 0,
-    workers: Workers = 0,
-    precision: Precision = "fp32", device: Device = "auto",
+    seed: TrainingSeed = 0, workers: Workers = 0, precision: Precision = "fp32", device: Device = "auto",
 ) -> None:
     "Train a CAM network on image labels by IRN's recipe (resnet_mini: by the recipe of Scenes). A run that was stopped continues."
     from dataclasses import replace
-    import torch
-    from adcam.classifier import save_weights
     from adcam.cnn import MINI_TRAIN, SGDConfig, train_cam
     ds, skipped = _dataset(data, split, n, masks=False, workers=workers)
-    torch.manual_seed(seed)
-    net = _new_cnn(backbone, len(ds.classes), imagenet, detach_after)
-    same = dict(epochs=epochs, batch=batch, seed=seed, workers=workers, mixed_precision=precision)
-    config = replace(MINI_TRAIN, **same) if backbone == "resnet_mini" else SGDConfig(lr_backbone=lr_backbone, lr_head=lr_head, **same)
-    history = train_cam(net, ds, config, out=out, device=device)
-    save_weights(net, out / "weights.safetensors")
-    typer.echo(f"{len(history)} steps on {len(ds)} images, loss {history[-1]['loss']:.3f}; wrote {out / 'weights.safetensors'}")
-    _tell_learned(net, ds)
-    _tell_skipped(skipped, len(ds) + len(skipped))
+    net = _new_cnn(backbone, len(ds.classes), imagenet, detach_after, seed)
+    usual = MINI_TRAIN if backbone == "resnet_mini" else SGDConfig(lr_backbone=lr_backbone, lr_head=lr_head)
+    config = replace(usual, epochs=epochs, batch=batch, seed=seed, workers=workers, mixed_precision=precision)
+    _tell_cnn(net, ds, skipped, train_cam(net, ds, config, out=out, device=device), out)
 
 # %% ../nbs/14_cli.ipynb #6c5fb161
 @app.command("train-recam")
 def train_recam_command(
-    out: Annotated[Path, typer.Option(help="Folder for weights.safetensors, last.pt and log.jsonl.")],
+    out: RunFolder,
     weights: Weights = None, data: Data = "mini", split: Split = "train", n: Images = None,
     network: Network = "resnet_mini",
     epochs: Annotated[Optional[int], typer.Option(min=1, help="Passes over the data; 4, on Scenes 2 if not given.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images per step over all processes.")] = 16,
-    crop: Annotated[Optional[int], typer.Option(min=16, help="Side of a training view in pixels.")] = None,
+    batch: Batch = 16,
+    crop: Crop = None,
     ce_weight: Annotated[float, typer.Option(help="Weight of the softmax loss: 1 for VOC, 0.1 for COCO.")] = 1.,
-    seed: TrainingSeed = 0,
-    workers: Workers = 0,
-    precision: Precision = "fp32", device: Device = "auto",
+    seed: TrainingSeed = 0, workers: Workers = 0, precision: Precision = "fp32", device: Device = "auto",
 ) -> None:
     "ReCAM: train the second classifier of a trained network. Its weights are read by `adcam seeds --method recam`."
     from dataclasses import replace
     from adcam.baselines.recam import RECAM_MINI, ReCAMConfig, train_recam
-    from adcam.classifier import save_weights
     ds, skipped = _dataset(data, split, n, masks=False, workers=workers)
-    given = {name: value for name, value in dict(epochs=epochs, crop=crop).items() if value is not None}
-    config = replace(RECAM_MINI if data == "mini" else ReCAMConfig(), **given, batch=batch, ce_weight=ce_weight, seed=seed, workers=workers, mixed_precision=precision)
-    model = _network(network, len(ds.classes), weights, seed)
+    net = _network(network, len(ds.classes), weights, seed)
     if network == "resnet50":
-        model.resnet50.requires_grad_(True)  # IRN keeps two more stages frozen than ReCAM
-        model.freeze("bn1")
-    history = train_recam(model, ds, config, out=out, device=device)
-    typer.echo(f"{len(history)} steps, loss {history[0]['loss']:.3f} -> {history[-1]['loss']:.3f}; wrote {save_weights(model, out / 'weights.safetensors')}")
-    _tell_learned(model, ds)
-    _tell_skipped(skipped, len(ds) + len(skipped))
+        net.resnet50.requires_grad_(True)  # IRN keeps two more stages frozen than ReCAM
+        net.freeze("bn1")
+    usual = RECAM_MINI if data == "mini" else ReCAMConfig()
+    config = replace(usual, **_given(epochs=epochs, crop=crop), batch=batch, ce_weight=ce_weight, seed=seed, workers=workers, mixed_precision=precision)
+    _tell_cnn(net, ds, skipped, train_recam(net, ds, config, out=out, device=device), out)
 
 # %% ../nbs/14_cli.ipynb #7b93d0e4
 @app.command("train-seam")
 def train_seam_command(
-    out: Annotated[Path, typer.Option(help="Folder for weights.safetensors, last.pt and log.jsonl.")],
+    out: RunFolder,
     weights: Weights = None, data: Data = "mini", split: Split = "train", n: Images = None,
     network: Network = "resnet_mini",
     epochs: Annotated[Optional[int], typer.Option(min=1, help="Passes over the data; 8, on Scenes 2 if not given.")] = None,
     batch: Annotated[Optional[int], typer.Option(min=1, help="Images per step over all processes; 8, on Scenes 16 if not given.")] = None,
-    crop: Annotated[Optional[int], typer.Option(min=16, help="Side of a training view in pixels.")] = None,
+    crop: Crop = None,
     head_only: Annotated[bool, typer.Option("--head-only", help="The network stands still, only the new head learns.")] = False,
-    seed: TrainingSeed = 0,
-    workers: Workers = 0,
-    precision: Precision = "fp32", device: Device = "auto",
+    seed: TrainingSeed = 0, workers: Workers = 0, precision: Precision = "fp32", device: Device = "auto",
 ) -> None:
     "SEAM: go on training a CAM network so that maps follow the picture. Its weights are read by `adcam seeds --method seam`."
     from dataclasses import replace
     from adcam.baselines.seam import SEAM_MINI, SEAMConfig, train_seam
-    from adcam.classifier import save_weights
     ds, skipped = _dataset(data, split, n, masks=False, workers=workers)
-    given = {name: value for name, value in dict(epochs=epochs, batch=batch, crop=crop).items() if value is not None}
-    config = replace(SEAM_MINI if data == "mini" else SEAMConfig(), **given, seed=seed, workers=workers, mixed_precision=precision)
-    model = _network(network, len(ds.classes), weights, seed)
-    history = train_seam(model, ds, config, head_only, out=out, device=device)
-    typer.echo(f"{len(history)} steps, loss {history[0]['loss']:.3f} -> {history[-1]['loss']:.3f}; wrote {save_weights(model, out / 'weights.safetensors')}")
-    _tell_learned(model, ds)
-    _tell_skipped(skipped, len(ds) + len(skipped))
+    net = _network(network, len(ds.classes), weights, seed)
+    usual = SEAM_MINI if data == "mini" else SEAMConfig()
+    config = replace(usual, **_given(epochs=epochs, batch=batch, crop=crop), seed=seed, workers=workers, mixed_precision=precision)
+    _tell_cnn(net, ds, skipped, train_seam(net, ds, config, head_only, out=out, device=device), out)
 
 # %% ../nbs/14_cli.ipynb #c8f2a615
 @app.command("train-oaa")
@@ -789,42 +805,41 @@ def train_oaa_command(
     epochs: Annotated[Optional[int], typer.Option(min=2, help="Passes of the classifier; 15, on Scenes 5 if not given. Maps are collected after each but the first.")] = None,
     integral_epochs: Annotated[Optional[int], typer.Option(min=1, help="Passes of OAA+; 15, on Scenes 6 if not given.")] = None,
     batch: Annotated[Optional[int], typer.Option(min=1, help="Images per step; 16, and 5 of OAA+ on photographs, if not given.")] = None,
-    crop: Annotated[Optional[int], typer.Option(min=16, help="Side of a training view in pixels.")] = None,
+    crop: Crop = None,
     rule: Annotated[str, typer.Option(help="How maps are collected: max, caffe_max, caffe_ave or caffe_harm.")] = "max",
     detach_after: DetachAfter = "layer2",
-    seed: TrainingSeed = 0,
-    workers: Workers = 0,
-    precision: Precision = "fp32", device: Device = "auto",
+    seed: TrainingSeed = 0, workers: Workers = 0, precision: Precision = "fp32", device: Device = "auto",
 ) -> None:
     "OAA: collect the maps of a classifier while it learns, and train a network on them (OAA+). A run that was stopped continues."
     from dataclasses import replace
-    import torch
     from adcam.baselines.oaa import INTEGRAL_MINI, IntegralConfig, oaa_seeds, train_integral, train_oaa
     from adcam.classifier import save_weights
     from adcam.cnn import MINI_TRAIN, SGDConfig
     ds, skipped = _dataset(data, split, n, masks=False, workers=workers)
-    given, same = lambda **o: {name: v for name, v in o.items() if v is not None}, dict(seed=seed, workers=workers)
     first, second = (MINI_TRAIN, INTEGRAL_MINI) if backbone == "resnet_mini" else (SGDConfig(epochs=15), IntegralConfig())
-    def start():
-        torch.manual_seed(seed)
-        return _new_cnn(backbone, len(ds.classes), imagenet, detach_after if backbone == "cam_resnet50" else None)
-    history = train_oaa(net := start(), ds, replace(first, **given(epochs=epochs, batch=batch, crop=crop), **same, mixed_precision=precision), out / "maps", out / "classifier", rule, device=device)
-    typer.echo(f"classifier: {len(history)} steps, loss {history[0]['loss']:.3f} -> {history[-1]['loss']:.3f}")
+    start = lambda: _new_cnn(backbone, len(ds.classes), imagenet, detach_after if backbone == "cam_resnet50" else None, seed)
+    same = _given(batch=batch, crop=crop) | dict(seed=seed, workers=workers)
+    config = replace(first, **_given(epochs=epochs), **same, mixed_precision=precision)
+    history = train_oaa(net := start(), ds, config, out / "maps", out / "classifier", rule, device=device)
+    typer.echo(f"classifier: {_fall(history)}")
     _tell_learned(net, ds)
     done = oaa_seeds(ds, out / "maps", out / "seeds")
     typer.echo(f"{done['computed']} seeds of collected maps: {out / 'seeds'}")
-    history = train_integral(net := start(), ds, out / "maps", replace(second, **given(epochs=integral_epochs, batch=batch, crop=crop), **same), out / "integral", device=device)
-    typer.echo(f"OAA+: {len(history)} steps, loss {history[0]['loss']:.3f} -> {history[-1]['loss']:.3f}; wrote {save_weights(net, out / 'weights.safetensors')}")
+    config = replace(second, **_given(epochs=integral_epochs), **same)
+    history = train_integral(net := start(), ds, out / "maps", config, out / "integral", device=device)
+    typer.echo(f"OAA+: {_fall(history)}; wrote {save_weights(net, out / 'weights.safetensors')}")
     _tell_skipped([*skipped, *done["skipped"]], len(ds) + len(skipped))
 
 # %% ../nbs/14_cli.ipynb #9f190386
 irnet_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="From seeds to pseudo masks: IR labels, IRNet, random walk.")
 app.add_typer(irnet_app, name="irnet")
 
+# %% ../nbs/14_cli.ipynb #8ade2625
 Recipe = Annotated[str, typer.Option(help="Thresholds and powers of: irn, recam, recam_coco, advcam, rib, rib_coco.")]
 AllCores = Annotated[Optional[int], typer.Option("--processes", min=1, help="Worker processes; all cores if not given.")]
 SmallBackbone = Annotated[Optional[Path], typer.Option("--conformer", help="Weights of a conformer_mini whose CNN branch is the backbone; the shipped network of --seed if --data is mini.")]
 
+# %% ../nbs/14_cli.ipynb #aa252ff9
 def _cnn_of(network: str) -> str:
     "The CNN of a pair, or the CNN itself."
     from adcam.networks import network_name
@@ -833,6 +848,19 @@ def _cnn_of(network: str) -> str:
         raise ValueError(f"--network {network} is no network of timm; name a pair CNN+VIT, or a CNN")
     return what.cnn
 
+# %% ../nbs/14_cli.ipynb #b1e4f7c9
+OtherBranch = Annotated[Optional[Path], typer.Option("--vit-weights", help="Of a pair, as the other commands take it; here only its CNN is read.")]
+
+def _only_cnn(network: Optional[str], vit: Optional[Path]) -> None:
+    "The words that name a pair are the same everywhere, also where its ViT has no part."
+    if vit is None:
+        return
+    if "+" not in (network or ""):
+        raise ValueError(f"--vit-weights belongs to a pair; name it by --network CNN+VIT{f', not {network}' if network else ''}")
+    if not vit.is_file():
+        raise FileNotFoundError(f"no weights {vit}")
+
+# %% ../nbs/14_cli.ipynb #a3377d09
 def _irn_recipe(name: str) -> dict:
     from adcam.irnet import SETTINGS
     if name not in SETTINGS:
@@ -854,6 +882,7 @@ def _irnet(data: str, classes: int, conformer: Optional[Path], seed: int, imagen
         return IRNet(ResNetStages(resnet_mini(checkpoint=mini_path("pretrained")).backbone_net))
     return IRNet(ResNet50Stages(imagenet))
 
+# %% ../nbs/14_cli.ipynb #c44b38ae
 def _with_seeds(folder: Path, data: str, split: str, n: Optional[int]):
     "The images that have a seed: without those that extraction skipped or that have no class, which it has written down."
     return _images(data, split, n, classes=True, files=folder, suffix=".npz", complete=_AGAIN)
@@ -903,7 +932,7 @@ def irnet_train(
     out: Annotated[Path, typer.Argument(help="Folder for irnet.safetensors, last.pt and log.jsonl.")],
     data: Data = "mini", split: Split = "train", n: Images = None,
     imagenet: Annotated[Optional[str], typer.Option(help="File of torchvision's ResNet-50 weights, or `timm` to download them. Needed for folders.")] = None,
-    conformer: SmallBackbone = None, network: Pair = None, cnn_weights: CnnWeights = None, seed: TrainingSeed = 0,
+    conformer: SmallBackbone = None, network: Pair = None, cnn_weights: CnnWeights = None, vit_weights: OtherBranch = None, seed: TrainingSeed = 0,
     epochs: Annotated[Optional[int], typer.Option(min=1, help="Passes over the data.")] = None,
     batch: Annotated[Optional[int], typer.Option(min=1, help="Images per step over all processes.")] = None,
     crop: Annotated[Optional[int], typer.Option(min=4, help="Side of a view in pixels, a multiple of 4.")] = None,
@@ -916,15 +945,17 @@ def irnet_train(
     from adcam.irnet import train_irnet
     from adcam.pipeline import profiles
     from adcam.run import irnet_config
+    _only_cnn(network, vit_weights)
     if data != "mini" and imagenet is None and conformer is None and cnn_weights is None:
         raise ValueError("IRNet's backbone is frozen, so it needs weights: give --imagenet FILE, --imagenet timm, --network CNN+VIT --cnn-weights FILE, or --conformer FILE")
     if cnn_weights is not None and network is None:
         raise ValueError("--cnn-weights needs the name of its network: --network CNN+VIT, or a CNN")
     picked = _with_masks(labels, "IR label", "run `adcam irnet labels` with the same --data and --split", data, split, n, workers)
     p, ds = profiles["mini" if data == "mini" else "voc"], picked.ds
-    given = {k: v for k, v in dict(epochs=epochs, batch=batch, crop=crop, radius=radius, momentum=momentum).items() if v is not None}
+    given = _given(epochs=epochs, batch=batch, crop=crop, radius=radius, momentum=momentum)
     config = irnet_config(p, len(ds), seed, workers=workers, mixed_precision=precision, **given)
-    history = train_irnet(_irnet(data, len(ds.classes), conformer, seed, imagenet, network, cnn_weights), ds, labels, config, out, device=device)
+    model = _irnet(data, len(ds.classes), conformer, seed, imagenet, network, cnn_weights)
+    history = train_irnet(model, ds, labels, config, out, device=device)
     typer.echo(f"{len(history)} steps on {len(ds)} images, loss {history[-1]['loss']:.3f}; wrote {out / 'irnet.safetensors'}")
     _tell(picked)
 
@@ -935,7 +966,7 @@ def irnet_masks(
     out: Annotated[Path, typer.Argument(help="Folder for the masks, one palette PNG per image.")],
     weights: Annotated[Optional[Path], typer.Option(help="irnet.safetensors of `adcam irnet train`, or an official checkpoint; not given: no walk.")] = None,
     data: Data = "mini", split: Split = "train", n: Images = None,
-    conformer: SmallBackbone = None, network: Pair = None, cnn_weights: CnnWeights = None, seed: TrainingSeed = 0,
+    conformer: SmallBackbone = None, network: Pair = None, cnn_weights: CnnWeights = None, vit_weights: OtherBranch = None, seed: TrainingSeed = 0,
     recipe: Recipe = "irn",
     background: Annotated[Optional[float], typer.Option(help="Score of the background; the recipe's if not given.")] = None,
     beta: Annotated[float, typer.Option(help="Power of the affinities.")] = 10,
@@ -947,6 +978,7 @@ def irnet_masks(
     "Pseudo masks: seeds walk between the boundaries of IRNet, then a threshold."
     from adcam.devices import pick_device
     from adcam.irnet import load_irnet, make_pseudo_masks
+    _only_cnn(network, vit_weights)
     place = pick_device(device)
     usual, picked = _irn_recipe(recipe), _with_seeds(seeds, data, split, n)
     ds = picked.ds
@@ -967,6 +999,7 @@ def _pairs_of_files(images: Path, masks: Path) -> list:
         raise ValueError(f"no .jpg or .png in {images}")
     return [(f, masks if masks.is_file() else masks / f"{f.stem}.png") for f in files]
 
+# %% ../nbs/14_cli.ipynb #1d9f62c1
 def _refined(file: Path, mask: Path, **options):
     "One mask through the CRF, as a palette picture."
     from PIL import Image
@@ -1027,6 +1060,7 @@ SegNet = Annotated[Optional[str], typer.Option("--network", help="deeplabv2_resn
 SegProfile = Annotated[Optional[str], typer.Option("--profile", help="mini, voc or coco; mini for Scenes and voc for a folder if not given.")]
 Backbone = Annotated[str, typer.Option(help="For upernet: a timm network.")]
 
+# %% ../nbs/14_cli.ipynb #14002346
 def _segmentation(network: Optional[str], profile: Optional[str], data: str, classes: int, backbone: str, init: Optional[str] = None, cnn: Optional[Path] = None) -> tuple:
     "The untrained network, what was loaded in words, and the profile that names it."
     from dataclasses import replace
@@ -1040,6 +1074,7 @@ def _segmentation(network: Optional[str], profile: Optional[str], data: str, cla
         usual = replace(usual, segmentation=network)
     return *segmentation_net(usual, cnn or init, backbone), usual
 
+# %% ../nbs/14_cli.ipynb #45ba62d6
 _OPTIONAL = dict(freeze_bn=bool, patience=int)  # fields of SegConfig that are None unless given
 
 def _none_or(name: str, text: str):
@@ -1069,6 +1104,7 @@ def _ground_truth(sample):
         raise ValueError(f"image {sample.id} has no mask; name a folder of masks by --masks")
     return sample.mask
 
+# %% ../nbs/14_cli.ipynb #12d8ca24
 def _tell_history(name: str, history: list, val: Optional[str], out: Path) -> None:
     "What a training of a segmentation network has come to."
     best = max((r["miou"] for r in history if "miou" in r), default=None)
@@ -1081,7 +1117,7 @@ def segment_train(
     out: Annotated[Path, typer.Option(help="Folder of the run: weights.safetensors, best.safetensors, last.pt, log.jsonl, tensorboard.")],
     masks: Annotated[Optional[Path], typer.Option(help="Folder of masks, <id>.png, such as `adcam irnet masks` writes; the ground truth if not given.")] = None,
     data: Data = "mini", split: Split = "train", n: Images = None,
-    network: SegNet = None, cnn_weights: CnnWeights = None, profile: SegProfile = None, backbone: Backbone = "swin_tiny_patch4_window7_224",
+    network: SegNet = None, cnn_weights: CnnWeights = None, vit_weights: OtherBranch = None, profile: SegProfile = None, backbone: Backbone = "swin_tiny_patch4_window7_224",
     init: Annotated[Optional[str], typer.Option(help="Start weights: an ImageNet ResNet-101, a COCO checkpoint, or `timm` to download ImageNet's.")] = None,
     val: Annotated[Optional[str], typer.Option(help="Split with masks for mIoU at every check and best.safetensors.")] = None,
     val_n: Annotated[Optional[int], typer.Option(min=1, help="Only its first N images.")] = None,
@@ -1089,8 +1125,7 @@ def segment_train(
     batch: Annotated[Optional[int], typer.Option(min=1, help="Images per step over all parts and processes.")] = None,
     change: Annotated[Optional[list[str]], typer.Option("--set", help="name=value of a setting of SegConfig, such as balanced=true; may be given several times.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the new layers, order and views.")] = 0,
-    precision: Annotated[Optional[str], typer.Option(help="fp32, tf32, bf16 or fp16 (GPU); the recipe's if not given.")] = None, device: Device = "auto",
-    workers: Workers = 0,
+    precision: Annotated[Optional[str], typer.Option(help="fp32, tf32, bf16 or fp16 (GPU); the recipe's if not given.")] = None, device: Device = "auto", workers: Workers = 0,
     restart: Annotated[bool, typer.Option("--restart", help="Do not continue an unfinished run, start it again.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a finished run, or one with other settings.")] = False,
 ) -> None:
@@ -1100,6 +1135,7 @@ def segment_train(
     from adcam.run import warn_if_random
     from adcam.segment import train_segmentation
     from adcam.seeds import launched
+    _only_cnn(network, vit_weights)
     remedy = "make it by `adcam irnet masks` with the same --data and --split"
     picked = _images(data, split, n, masks=True, decode=True, workers=workers) if masks is None else _with_masks(masks, "mask", remedy, data, split, n, workers)
     ds = picked.ds
@@ -1117,13 +1153,24 @@ def segment_train(
         _tell_history(usual.segmentation, history, val, out)
     _tell(picked)
 
+# %% ../nbs/14_cli.ipynb #e1376545
+def _tell_predictions(out: Path, data: str, split: str, n: Optional[int], crf: bool) -> list:
+    "Score predictions, class by class; the images that could not be scored."
+    from adcam.segment import score_predictions
+    picked, odd = _images(data, split, n, masks=True, files=out), []
+    s = score_predictions(out, picked.ds, odd)
+    typer.echo(f"{len(picked.ds) - len(odd)} images of {data} {split}, {'with' if crf else 'no'} CRF, percent: mIoU {100*s['miou']:.1f}, F1 {100*s['f1']:.1f}, pixel accuracy {100*s['pixel_accuracy']:.1f}")
+    for name, iou in zip(("background", *picked.ds.classes), s["iou"]):
+        typer.echo(f"  {name:14} {100*iou:5.1f}")
+    return [*picked.skipped, *odd]
+
 # %% ../nbs/14_cli.ipynb #f3744633
 @segment_app.command("predict")
 def segment_predict(
     out: Annotated[Path, typer.Option(help="Folder for the predictions, one palette PNG per image.")],
     weights: Annotated[Path, typer.Option(help="weights.safetensors or best.safetensors of `adcam segment train`.")],
     data: Data = "mini", split: Split = "val", n: Images = None,
-    network: SegNet = None, cnn_weights: CnnWeights = None, profile: SegProfile = None, backbone: Backbone = "swin_tiny_patch4_window7_224",
+    network: SegNet = None, cnn_weights: CnnWeights = None, vit_weights: OtherBranch = None, profile: SegProfile = None, backbone: Backbone = "swin_tiny_patch4_window7_224",
     crf: Annotated[bool, typer.Option("--crf/--no-crf", help="Refine by the dense CRF.")] = True,
     precision: Precision = "fp32", device: Device = "auto",
     processes: AllCores = None,
@@ -1135,8 +1182,9 @@ def segment_predict(
     from adcam.data import Chosen, Skipped, has_mask, open_data
     from adcam.deeplab import load_deeplab
     from adcam.devices import pick_device
-    from adcam.segment import predict_dataset, score_predictions, voc_archive
+    from adcam.segment import predict_dataset, voc_archive
     from adcam.seeds import launched
+    _only_cnn(network, vit_weights)
     ds, shard = open_data(data, split, n, check=False), launched()
     net, *_ = _segmentation(network, profile, data, len(ds.classes), backbone)
     net = load_deeplab(net, weights).to(pick_device(device))
@@ -1146,14 +1194,9 @@ def segment_predict(
         if shard[0] == 0:
             typer.echo("this was one share of several; when all are done, the same command in one process scores them")
         return _tell_skipped([Skipped(*s) for s in done["skipped"]], len(ds))
-    picked, odd = Chosen(ds, [Skipped(*s) for s in done["skipped"]], [], len(ds)), []
+    picked = Chosen(ds, [Skipped(*s) for s in done["skipped"]], [], len(ds))
     if any(has_mask(ds, i) for i in range(len(ds))):
-        scored = _images(data, split, n, masks=True, files=out)
-        s = score_predictions(out, scored.ds, odd)
-        picked = picked.also([*scored.skipped, *odd])
-        typer.echo(f"{len(scored.ds) - len(odd)} images of {data} {split}, {'with' if crf else 'no'} CRF, percent: mIoU {100*s['miou']:.1f}, F1 {100*s['f1']:.1f}, pixel accuracy {100*s['pixel_accuracy']:.1f}")
-        for name, iou in zip(("background", *ds.classes), s["iou"]):
-            typer.echo(f"  {name:14} {100*iou:5.1f}")
+        picked = picked.also(_tell_predictions(out, data, split, n, crf))
     if archive is not None:
         typer.echo(f"wrote {voc_archive(out, ds.ids, archive, competition=competition, image_set='test' if split == 'test' else 'val')}")
     _tell(picked)
@@ -1163,6 +1206,7 @@ def _budget(only: bool, anyway: bool) -> str:
     "What `adcam.run.run` is to do with the estimate."
     return "only" if only else "tell" if anyway else "check"
 
+# %% ../nbs/14_cli.ipynb #8229366e
 def _profile_of(name: str, data: Optional[str]):
     "A profile, and the data that it needs."
     from adcam.pipeline import profiles
@@ -1281,6 +1325,7 @@ def _class_names(text: Optional[str]) -> Optional[list]:
     lines = Path(text).read_text(encoding="utf-8").splitlines() if Path(text).is_file() else text.split(",")
     return [s.strip() for s in lines if s.strip()]
 
+# %% ../nbs/14_cli.ipynb #09870c05
 def _both(network: Optional[str], cnn: str, vit: str) -> tuple:
     "The names of a pair: of --network if it is given."
     from adcam.networks import network_name
@@ -1355,6 +1400,7 @@ def _save_maps(found, path: Path, method: str, numbers: list) -> None:
     h, w = found.image.shape[:2]
     save_seed(path, Seed(np.array(numbers) - 1, found.heat_map(method, (-(-h // 4), -(-w // 4))), found.heat_map(method)))
 
+# %% ../nbs/14_cli.ipynb #572d970d
 def _in_full(found) -> None:
     "Everything about one photograph."
     for note in found.notes:
@@ -1365,10 +1411,11 @@ def _in_full(found) -> None:
 def _ending(found, methods: list, several: bool) -> None:
     "What holds for all photographs: weights and settings."
     for branch, w in found.weights.items():
-        typer.echo(f"{branch} weights: {w['source']}" + (f" sha256 {w['sha256']}" if w["sha256"] else ""))
+        typer.echo(f"{branch} weights: {w['source']}" + (f" sha256 {w['sha256']}" if w["sha256"] else "") + (f", started from {w['start']}" if "start" in w else ""))
     rule = "Otsu's, from each map alone" + ("" if several else ": " + ", ".join(f"{m} {found.cut(m):.2f}" for m in methods)) if found.threshold == "auto" else f"{found.threshold:g}"
     typer.echo(f"settings{' of the last' if several else ''}: " + ", ".join(f"{name} {value}" for name, value in found.settings.items()) + f", threshold {rule}")
 
+# %% ../nbs/14_cli.ipynb #52f8ce0e
 def _overlays(out: Optional[Path], several: bool) -> Path:
     "Where pictures go: a file for one photograph, a folder for several."
     out = out or Path("overlays" if several else "overlay.png")
@@ -1376,13 +1423,24 @@ def _overlays(out: Optional[Path], several: bool) -> Path:
         raise ValueError(f"--out {out} is one picture, and there are several photographs: name a folder")
     return out
 
+# %% ../nbs/14_cli.ipynb #ae94565f
+def _write(found, target: Path, name: str, method: str, masks: Optional[Path], maps: Optional[Path]) -> Path:
+    "The picture of a photograph, its masks and its maps; where the picture is."
+    from adcam.photo import number_classes, save_masks
+    where = found.save(target)
+    if masks:
+        save_masks(found, masks, name, method)
+    if maps:
+        _save_maps(found, maps / f"{name}.npz", method, number_classes(found.short, maps / "classes.txt"))
+    return where
+
 # %% ../nbs/14_cli.ipynb #53a9105a
 def _explain_all(pictures: list, folders: bool, out: Optional[Path], ask: dict, masks: Optional[Path], maps: Optional[Path], max_pixels: int, device: str) -> None:
     "Explain one picture after the other; those that cannot be read are told at the end."
     from adcam.data import Skipped
     from adcam.devices import pick_device
     from adcam.files import why_left_out
-    from adcam.photo import explain as run, number_classes, read_photo, save_masks
+    from adcam.photo import explain as run, read_photo
     from adcam.progress import tqdm
     several = folders or len(pictures) > 1
     out = _overlays(out, several)
@@ -1399,11 +1457,7 @@ def _explain_all(pictures: list, folders: bool, out: Optional[Path], ask: dict, 
             left_out.append(Skipped(name, why_left_out(error)))
             continue
         found = run(photo, **ask, device=place)
-        target = found.save(out / f"{name}.png" if several or out.is_dir() else out)
-        if masks:
-            save_masks(found, masks, name, method)
-        if maps:
-            _save_maps(found, maps / f"{name}.npz", method, number_classes(found.short, maps / "classes.txt"))
+        target = _write(found, out / f"{name}.png" if several or out.is_dir() else out, name, method, masks, maps)
         if several:
             tqdm.write(f"{target}: " + ", ".join(f"{n} {logit:.2f}" for n, logit in zip(found.short, found.logits)))
         else:
@@ -1452,6 +1506,7 @@ def _paper_folder() -> Path:
     places = [p / "nbs/paper" for p in (here, *here.parents, package.parent, *shares)]
     return next((p for p in places if any(p.glob("*.ipynb"))), places[-2])
 
+# %% ../nbs/14_cli.ipynb #753f5d19
 def _papers() -> list:
     "Names of the notebooks."
     return sorted(p.stem for p in _paper_folder().glob("*.ipynb"))
@@ -1460,6 +1515,7 @@ def _complete(incomplete: str) -> list:
     "For the shell: names that begin so."
     return [name for name in _papers() if name.startswith(incomplete)]
 
+# %% ../nbs/14_cli.ipynb #46d8d65e
 def _paper_notebook(name: str) -> Path:
     "The notebook of a figure or table."
     folder, there = _paper_folder(), _papers()
@@ -1485,6 +1541,7 @@ def _yaml(text: str, where):
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{where} is no YAML: {' '.join(str(error).split())[:200]}") from error
 
+# %% ../nbs/14_cli.ipynb #a3729264
 def _parameters(notebook: Path, file: Optional[Path], pairs: list) -> dict:
     "Parameters from a YAML file and from `name=value` words, every name known to the notebook."
     import difflib
@@ -1512,6 +1569,7 @@ def _values(notebook: Path, given: dict) -> dict:
     import papermill
     return {p["name"]: given.get(p["name"], _value(p["default"])) for p in papermill.inspect_notebook(str(notebook)).values()}
 
+# %% ../nbs/14_cli.ipynb #fc16f3e6
 def _try_folder(notebook: Path, given: dict) -> Path:
     "results/try/<name>-<hash of all parameters>, in the folder that one stands in, or its clone."
     import hashlib
@@ -1521,6 +1579,7 @@ def _try_folder(notebook: Path, given: dict) -> Path:
     clone = next((p for p in (here, *here.parents) if (p / "nbs/paper").is_dir() and (p / "settings.ini").is_file()), here)
     return Path(os.environ.get("ADCAM_RESULTS") or os.path.relpath(clone / "results")) / "try" / f"{notebook.stem}-{digest}"
 
+# %% ../nbs/14_cli.ipynb #c37dbeda
 def _measured(notebook: Path, given: dict, folder: Path) -> tuple:
     "(seconds, file) of a result that was measured with the same parameters, or (None, None)."
     values, default = _values(notebook, given), _values(notebook, {})
@@ -1596,6 +1655,7 @@ def _minutes(seconds: float) -> str:
     "A length of time for people."
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
+# %% ../nbs/14_cli.ipynb #ef19e162
 class _Cells:
     "The count of cells that papermill writes, kept for the line at the terminal."
     text = ""

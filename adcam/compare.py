@@ -56,6 +56,7 @@ class Network(NamedTuple):
     files: Callable  # (seed, folder) -> files of weights behind it
     learns: bool     # does `build` train a head?
 
+# %% ../nbs/13c_compare.ipynb #dfb7df31
 def _resnet(seed: int, folder: str, ds: Any) -> nn.Module: return resnet_mini(len(ds.classes), checkpoint=mini_path(seed, folder)).eval()
 def _conformer(seed: int, folder: str, ds: Any) -> nn.Module: return conformer_mini(len(ds.classes), checkpoint=checkpoint_path(seed, True, folder)).eval()
 
@@ -66,6 +67,7 @@ def _recam(seed: int, folder: str, ds: Any) -> nn.Module:
     train_recam(net, ds, replace(RECAM_MINI, seed=seed, batch=min(RECAM_MINI.batch, len(ds))), progress=False)
     return net.eval()
 
+# %% ../nbs/13c_compare.ipynb #b2b3ba9c
 PATCH_HEAD = HeadsConfig(solver="adamw", lr=1e-2, weight_decay=.1, steps=1000)  # the best of four on val
 
 def _patch(seed: int, folder: str, ds: Any) -> nn.Module:
@@ -83,6 +85,7 @@ def _seam(seed: int, folder: str, ds: Any) -> nn.Module:
     train_seam(net, ds, replace(SEAM_MINI, seed=seed, batch=min(SEAM_MINI.batch, len(ds))), progress=False)
     return net.eval()
 
+# %% ../nbs/13c_compare.ipynb #bca2d476
 def _oaa(seed: int, folder: str, ds: Any) -> nn.Module:
     "OAA's integral model on resnet_mini"
     def start():
@@ -193,6 +196,7 @@ def _labels(maps: np.ndarray, keys: np.ndarray, t: float) -> np.ndarray:
     best = np.concatenate([np.full_like(maps[:1], t), maps]).argmax(0)
     return np.concatenate([[0], keys + 1])[best].astype(np.uint8)
 
+# %% ../nbs/13c_compare.ipynb #bac2d6e8
 def _trained_boundaries(p: Profile, ds: Any, seeds: list, thresholds: tuple, seed: int) -> tuple[IRNet, np.ndarray]:
     "IRNet trained on labels made from `seeds`, and the counts [truth, label] of those labels, 255 in the last column"
     labels = {n: ir_label(s.high_res, s.keys, ds[i].image, *thresholds, name=f"seed of {n}") for i, (n, s) in enumerate(zip(ds.ids, seeds))}

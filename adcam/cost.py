@@ -8,11 +8,13 @@ __all__ = ['MOST', 'LONG', 'picture_size', 'view_tokens', 'measure', 'memory_lef
 
 # %% ../nbs/13a_cost.ipynb #a1451828
 import math, os, threading, time
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 import numpy as np
 import psutil
 import torch
+from fastcore.basics import patch
 from scipy.optimize import nnls
 from .data import Subset, image_of, image_size, label_of
 from .seeds import extract, view_size
@@ -28,6 +30,7 @@ def picture_size(
     found = image_size(ds.image_path(i)) if hasattr(ds, "image_path") else None
     return image_of(ds, i).shape[:2] if found is None else found
 
+# %% ../nbs/13a_cost.ipynb #0f8a3c90
 def view_tokens(
     size: tuple[int, int],     # height and width of the photograph
     scales: tuple[float, ...], # resize factors of the views
@@ -55,6 +58,7 @@ class _Watch:
         self.stop.set(); self.thread.join()
         self.peak = max(self.peak, self.process.memory_info().rss)
 
+# %% ../nbs/13a_cost.ipynb #4c1e901c
 def measure(
     work: Callable,              # called once, without arguments
     device: Any = "cpu",         # where it works
@@ -76,6 +80,7 @@ def _container_left() -> float:
     except OSError: return math.inf
     return math.inf if limit == "max" else int(limit) - int(used)
 
+# %% ../nbs/13a_cost.ipynb #6d7d6ec4
 def memory_left(
     device: Any = "cpu",  # of the work
 ) -> int:                 # bytes that can still be taken
@@ -86,12 +91,14 @@ def memory_left(
 # %% ../nbs/13a_cost.ipynb #fba4313e
 MOST = 1600  # tokens of a view that is tried
 
+# %% ../nbs/13a_cost.ipynb #290a07f3
 class Work(NamedTuple):
     "What is asked of every image"
     tokens: np.ndarray   # (n,V) of each view
     sizes: list          # (H,W) of each image
     tried: list          # (image, scale) twice: which items, and by how much they are shrunk for the probe
 
+# %% ../nbs/13a_cost.ipynb #a5172359
 def plan_probe(
     ds: Any,                   # images
     scales: tuple[float, ...], # of the views
@@ -119,6 +126,7 @@ def law(
     scale = A.max(0)
     return nnls(A / scale, np.asarray(cost, float))[0] / scale
 
+# %% ../nbs/13a_cost.ipynb #58175852
 def predicted(
     tokens: np.ndarray,  # (n,V)
     ab: np.ndarray,      # from `law`
@@ -139,6 +147,7 @@ def tried_image(
     h, w = (max(1, round(n * scale)) for n in image.shape[:2])
     return np.asarray(Image.fromarray(image).resize((w, h), Image.Resampling.BICUBIC))
 
+# %% ../nbs/13a_cost.ipynb #4f4e7e20
 class Tried(NamedTuple):
     "What the probe of the seeds left"
     images: list      # two arrays (h,w,3)
@@ -161,13 +170,15 @@ def probe_seeds(
     device, images, seeds, rows = next(model.parameters()).device, [], [], []
     for i, scale in work.tried:
         image, label = tried_image(ds, i, scale), label_of(ds, i)
-        seconds, memory, seed = measure(lambda: extract(model, image, label, method, scales, size_mode=size_mode, others=ds, name=ds.ids[i], **options), device)  # noqa: B023, called at once
+        work_on = partial(extract, model, image, label, method, scales, size_mode=size_mode, others=ds, name=ds.ids[i], **options)
+        seconds, memory, seed = measure(work_on, device)
         images.append(image); seeds.append(seed)
         rows.append((view_tokens(image.shape[:2], scales, model.stride, size_mode), seconds, memory))
     tokens, seconds, memory = (np.array(v) for v in zip(*rows))              # (2,V), (2,), (2,)
     every, most = work.tokens if todo is None else work.tokens[todo], lambda t: t.max(1, keepdims=True)
-    grows = float(predicted(most(work.tokens), law(most(tokens), memory)).max())   # the largest view alone decides
-    return Tried(images, seeds, float(predicted(every, law(tokens, seconds)).sum()), int(grows))
+    total = predicted(every, law(tokens, seconds)).sum()
+    grows = predicted(most(work.tokens), law(most(tokens), memory)).max()    # the largest view alone decides
+    return Tried(images, seeds, float(total), int(grows))
 
 # %% ../nbs/13a_cost.ipynb #66206842
 class Cost(NamedTuple):
@@ -176,6 +187,7 @@ class Cost(NamedTuple):
     seconds: float  # of all images
     memory: int     # bytes at the peak, on top of what the process holds
 
+# %% ../nbs/13a_cost.ipynb #a69574a1
 def duration(
     seconds: float,  # any
 ) -> str:            # "40 s", "12 min", "3.5 h", "2.1 days"
@@ -194,27 +206,32 @@ class Estimate(NamedTuple):
     flip: bool         # are there mirrored views?
     lower: str         # what to lower, in words
 
-    @property
-    def seconds(self) -> float:
-        "Wall time of all stages"
-        return sum(c.seconds for c in self.costs)
+# %% ../nbs/13a_cost.ipynb #c70d6a53
+@patch(as_prop=True)
+def seconds(self: Estimate) -> float:
+    "Wall time of all stages"
+    return sum(c.seconds for c in self.costs)
 
-    @property
-    def memory(self) -> int:
-        "Bytes at the peak, all in all"
-        return self.held + max(c.memory for c in self.costs)
+@patch(as_prop=True)
+def memory(self: Estimate) -> int:
+    "Bytes at the peak, all in all"
+    return self.held + max(c.memory for c in self.costs)
 
-    @property
-    def fits(self) -> bool:
-        "Is there memory for it?"
-        return self.memory <= self.held + self.free
+@patch(as_prop=True)
+def fits(self: Estimate) -> bool:
+    "Is there memory for it?"
+    return self.memory <= self.held + self.free
 
-    def __str__(self) -> str:
-        largest = self.work.sizes[int(self.work.tokens.max(1).argmax())]
-        views = f"{len(self.scales)} scale{'s' * (len(self.scales) > 1)} ({', '.join(f'{s:g}' for s in self.scales)}){', with mirrored views' * self.flip}"
-        return (f"{len(self.work.sizes)} images up to {largest[1]}x{largest[0]} pixels, {self.work.tokens.max():,} tokens in the largest view; {views}\n"
-                f"estimate: about {duration(self.seconds)} ({', '.join(f'{c.stage} {duration(c.seconds)}' for c in self.costs)}), "
-                f"up to {self.memory / 1e9:.1f} GB of memory; {(self.held + self.free) / 1e9:.1f} GB are there")
+# %% ../nbs/13a_cost.ipynb #d7df1ca5
+@patch
+def __str__(self: Estimate) -> str:
+    tokens, sizes = self.work.tokens, self.work.sizes
+    H, W = sizes[int(tokens.max(1).argmax())]
+    views = f"{len(self.scales)} scale{'s' * (len(self.scales) > 1)} ({', '.join(f'{s:g}' for s in self.scales)}){', with mirrored views' * self.flip}"
+    stages = ", ".join(f"{c.stage} {duration(c.seconds)}" for c in self.costs)
+    return (f"{len(sizes)} images up to {W}x{H} pixels, {tokens.max():,} tokens in the largest view; {views}\n"
+            f"estimate: about {duration(self.seconds)} ({stages}), "
+            f"up to {self.memory / 1e9:.1f} GB of memory; {(self.held + self.free) / 1e9:.1f} GB are there")
 
 # %% ../nbs/13a_cost.ipynb #aee98d90
 LONG = 3600  # seconds from which on a hint is given

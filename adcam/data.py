@@ -9,8 +9,8 @@ __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'VOC_CLASSES', 'VOC_COUNTS', 'COCO_C
            'voc_root', 'voc2012', 'read_coco', 'coco_label', 'coco_mask', 'COCO2014', 'coco2014', 'find_images',
            'Folder', 'folder', 'Subset', 'label_of', 'weak_of', 'image_of', 'mask_of', 'has_mask', 'weak_sample',
            'labelled', 'Skipped', 'usable', 'skipped_report', 'Chosen', 'chosen', 'disagreements', 'check_agreement',
-           'open_data', 'random_resize_long', 'imagenet_normalize', 'random_flip', 'random_crop', 'to_chw',
-           'random_view', 'random_pixels', 'TrainViews']
+           'split_kind', 'open_data', 'random_resize_long', 'imagenet_normalize', 'random_flip', 'random_crop',
+           'to_chw', 'random_view', 'random_pixels', 'TrainViews']
 
 # %% ../nbs/02_data.ipynb #1e356460
 import contextlib, csv, difflib, functools, hashlib, io, json, math, multiprocessing, os, re, struct, unicodedata, warnings
@@ -295,7 +295,9 @@ class _Files(_Shared):
 def _digest(self:_Files, indices):
     h, whole = hashlib.sha256(repr((self.classes, self.exif)).encode()), set(range(0, len(indices), max(1, -(-len(indices)//_FULL))))
     for n, i in enumerate(indices):
-        h.update(self.ids[i].encode() + self._label(i).tobytes())
+        try: label = self._label(i).tobytes()
+        except (ValueError, OSError): label = b"no label"                    # told by whoever uses the image
+        h.update(self.ids[i].encode() + label)
         for path in (self.image_path(i), self.mask_path(i)):
             if len(indices)>_FULL: h.update(_file_hash(path, False))
             if n in whole: h.update(_file_hash(path, True))
@@ -461,7 +463,7 @@ def _find_label(self:VOCFolder, i):
     xml, path, K = self.root/"Annotations"/f"{self.ids[i]}.xml", self.mask_path(i), len(self.classes)
     if xml.exists(): return _label_xml(xml, self.classes)
     if path is not None and path.exists(): return _label_mask(read_mask(path, K), K)
-    raise FileNotFoundError(f"image {self.ids[i]} has no label: there is no ImageSets/labels.csv, no {xml} and no {path}")
+    raise FileNotFoundError(f"image {self.ids[i]} has no label: {'it is not in' if self._labels else 'there is no'} ImageSets/labels.csv, and there is no {xml} and no {path}; complete the folder or take the image off the list")
 
 # %% ../nbs/02_data.ipynb #fca558a1
 VOC_COUNTS = dict(train=1464, val=1449, trainval=2913, test=1456, train_aug=10582)  # images per split
@@ -1130,6 +1132,14 @@ def check_agreement(ds, # data set with labels and masks
 # %% ../nbs/02_data.ipynb #09aafebd
 KINDS = ("voc2012", "coco2014", "voc", "coco", "folder")  # voc and coco: in that form, of any size
 
+def split_kind(data:str # what a command line names
+              ) -> tuple[str,str]: # kind and folder; no kind where none is written
+    "`voc:DIR` as ('voc', 'DIR'). A folder that is called `voc` is a folder."
+    kind, colon, root = data.partition(":")
+    if not colon or kind not in KINDS: return "", data
+    if not root: raise ValueError(f"{data} names no folder; write {data}DIR")
+    return kind, root
+
 def _kind(root):
     "What a folder looks like"
     root = Path(root)
@@ -1149,9 +1159,9 @@ def open_data(data:str|Path, # mini, a folder, or voc2012:DIR, coco2014:DIR, voc
              ): # a data set
     "The data set that a command line names"
     data = os.fspath(data)
-    kind, _, root = data.partition(":")
     if data=="mini": return Scenes(split, n)
-    if kind not in KINDS: kind, root = _kind(data), data
+    kind, root = split_kind(data)
+    kind = kind or _kind(root)
     if kind=="voc2012": ds = voc2012(root, split, strict, check)
     elif kind=="coco2014": ds = coco2014(root, split, strict, check)
     elif kind=="coco": ds = coco2014(root, split, False, check)

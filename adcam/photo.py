@@ -248,10 +248,14 @@ def _names_of(model, class_names):
     if len(given) != K: raise ValueError(f"{len(given)} class names for a network of {K} classes: give one per class")
     return Names(tuple(map(str, given)))
 
+def _weights_of(model):
+    "Where the weights of each branch came from: the trained file, where there is one"
+    return {**getattr(model, "weights", {}), **getattr(model, "trained", {})}
+
 def _notes_of(model):
     "What must be said about the weights"
     return [f"the weights of {name} are random: the maps show how the code works, not where the object is"
-            for name, w in zip(getattr(model, "names", ()), getattr(model, "weights", {}).values()) if w["source"] == "random"]
+            for name, w in zip(getattr(model, "names", ()), _weights_of(model).values()) if w["source"] == "random"]
 
 # %% ../nbs/06b_photo.ipynb #65bd1cb1
 def otsu(
@@ -283,7 +287,7 @@ class _Found:
     heat: dict              # {method: float32 (n,h,w) in [0,1]}
     threshold: float | str  # of the masks, or "auto"
     settings: dict          # k, steps, direction, grid, input size ...
-    weights: dict           # of each network: source and sha256 of the file
+    weights: dict           # of each network: source and sha256 of the file; of a trained one also `start`, what it was trained from
     notes: tuple = field(default=())  # sentences to read before the maps
     short: tuple = field(default=())  # names in one word or two, no two alike
 
@@ -446,7 +450,7 @@ def _result(maps, photo, names, groups, model, ask):
     notes = [f"the map of {TITLES[m]} is empty for {name}: nothing speaks for this class" for m, h in heat.items() for name, one in zip(short, h) if not one.any()]
     settings = dict(k=k, steps=ask["steps"], direction=ask["direction"], layers=ask["layers"], grid=tuple(grid), stride=model.stride)
     return Explanation(photo.pixels, tuple(g.name for g in groups), tuple(g.members if len(g.members) > 1 else g.members[0] for g in groups), tuple(maps.conv_logits[0].float().tolist()), heat, ask["threshold"],
-                       settings, getattr(model, "weights", {}), (*photo.notes, *_notes_of(model), *_told(groups, names), *notes), short)
+                       settings, _weights_of(model), (*photo.notes, *_notes_of(model), *_told(groups, names), *notes), short)
 
 # %% ../nbs/06b_photo.ipynb #4e0fd4ce
 def _explain(photos, model, names, groups, size, batch_size, ask):

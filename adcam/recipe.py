@@ -42,6 +42,7 @@ def _epochs(history: list) -> list:
     of = lambda e, name: round(fmean(h[name] for h in history if h["epoch"] == e), 4)
     return [dict(epoch=e + 1, **{n: of(e, n) for n in names}) for e in sorted({h["epoch"] for h in history})]
 
+# %% ../nbs/13i_recipe.ipynb #fb18bb19
 def pretrain_conformer(
     recipe: dict,         # of `mini_recipe`
     work: Path,           # folder of the run
@@ -86,19 +87,19 @@ def resnet_checkpoints(
 ) -> tuple[list, dict]:  # rows for the log; losses per epoch, by file
     "resnet_mini: pre-trained, and one file per seed"
     tiny = dict(epochs=1, batch=2, crop=64, resize=None, workers=0) if quick else dict(workers=1)
-    began = time.perf_counter()
-    net, history = pretrain_mini(recipe["pretrain_data"], replace(MINI_PRETRAIN, **tiny), out=work / "resnet_pretrain")
-    start, rows = save_weights(net, work / "resnet_pretrained.safetensors"), []   # full precision to go on with, half to ship
-    curves = dict(resnet_mini_pretrained=_epochs(history))
-    for seed in (None, *seeds):
-        target = out / f"resnet_mini_{'pretrained' if seed is None else f'seed{seed}'}.safetensors"
-        if seed is not None:
-            began = time.perf_counter()
-            net, history = train_mini(recipe["train_data"], start, seed, replace(MINI_TRAIN, **tiny), out=work / target.stem)
-            curves[target.stem] = _epochs(history)
-        save_weights(net, target, torch.float16)
+    rows, curves, began = [], {}, time.perf_counter()
+    def keep(name, net, history, seed, began):
+        save_weights(net, target := out / f"resnet_mini_{name}.safetensors", torch.float16)
         rows.append(dict(file=target.name, seed=seed, stop_grad=None, steps=len(history), seconds=round(time.perf_counter() - began, 1)))
+        curves[target.stem] = _epochs(history)
         say(f"wrote {target}")
+    net, history = pretrain_mini(recipe["pretrain_data"], replace(MINI_PRETRAIN, **tiny), out=work / "resnet_pretrain")
+    start = save_weights(net, work / "resnet_pretrained.safetensors")        # full precision to go on with, half to ship
+    keep("pretrained", net, history, None, began)
+    for seed in seeds:
+        began = time.perf_counter()
+        net, history = train_mini(recipe["train_data"], start, seed, replace(MINI_TRAIN, **tiny), out=work / f"resnet_mini_seed{seed}")
+        keep(f"seed{seed}", net, history, seed, began)
     return rows, curves
 
 # %% ../nbs/13i_recipe.ipynb #1f49584e
@@ -119,6 +120,24 @@ def write_recipe_log(
     origin = provenance(seeds=seeds, settings=settings, data=data, checkpoints=[out / r["file"] for r in rows], seconds=sum(r["seconds"] for r in rows))
     return save_result(name, rows, log, origin, command="adcam checkpoints", losses=curves)
 
+# %% ../nbs/13i_recipe.ipynb #6b27a487
+def _conformers(recipe: dict, work: Path, out: Path, seeds: list[int], pretrain_seeds: list[int], device: str, say: Callable) -> tuple[list, dict]:
+    "conformer_mini: rows for the log; losses per epoch, by file"
+    rows, curves = [], {}
+    def tune(name, start, seed, stop, **more):
+        row, curves[name] = finetune_conformer(recipe, work, start, seed, stop, out / f"{name}.safetensors", device)
+        rows.append(row | more)
+        say(f"wrote {out / name}.safetensors")
+    if seeds:
+        start, curves["pretrained"] = pretrain_conformer(recipe, work, device=device)
+        for seed in seeds:
+            tune(f"mini_sg_seed{seed}", start, seed, True)
+            tune(f"mini_coupled_seed{seed}", start, seed, False)
+    for other in pretrain_seeds:
+        start, curves[f"pretrained{other}"] = pretrain_conformer(recipe, work, other, device)
+        tune(f"mini_pre{other}", start, 0, True, pretrain_seed=other)
+    return rows, curves
+
 # %% ../nbs/13i_recipe.ipynb #f51634e8
 def make_checkpoints(
     out: Path,                 # folder of the files
@@ -133,20 +152,8 @@ def make_checkpoints(
     say: Callable = print,     # told each file that is there
 ) -> Path:                     # the log
     "Train the shipped networks anew; a run that was stopped continues"
-    recipe, rows, curves = mini_recipe(quick, workers), [], {}
-    if only != "resnet_mini" and seeds:
-        start, curves["pretrained"] = pretrain_conformer(recipe, work, device=device)
-        for seed, stop in ((s, g) for s in seeds for g in (True, False)):
-            target = out / f"mini_{'sg' if stop else 'coupled'}_seed{seed}.safetensors"
-            row, curves[target.stem] = finetune_conformer(recipe, work, start, seed, stop, target, device)
-            rows.append(row)
-            say(f"wrote {target}")
-    for other in pretrain_seeds:
-        start, curves[f"pretrained{other}"] = pretrain_conformer(recipe, work, other, device)
-        target = out / f"mini_pre{other}.safetensors"
-        row, curves[target.stem] = finetune_conformer(recipe, work, start, 0, True, target, device)
-        rows.append(row | dict(pretrain_seed=other))
-        say(f"wrote {target}")
+    recipe = mini_recipe(quick, workers)
+    rows, curves = _conformers(recipe, work, out, seeds if only != "resnet_mini" else (), pretrain_seeds, device, say)
     if only != "conformer_mini" and seeds:
         more, losses = resnet_checkpoints(recipe, work, out, seeds, quick, say)
         rows, curves = rows + more, curves | losses

@@ -31,8 +31,8 @@ def measured_speeds(
                  irnet="training step: IRNet, batch 16 at 512, fp32", segmentation=f"training step: DeepLabV2, batch 10 at 321, {precision}", prediction="prediction: DeepLabV2 with CRF, 375x500")
     lost = [n for n in names.values() if n not in value]
     if lost: raise ValueError(f"results/bench/gpu.json has no row {lost[0]!r}: run make bench-gpu, or choose precision fp32 or bf16")
-    found = {k: value[n] / 1000 for k, n in names.items() if k != "seeds"}
-    return found | dict(seeds=1 / value[names["seeds"]], label=.46, walk=.13)
+    found = {k: value[n] / 1000 for k, n in names.items() if k != "seeds"}     # milliseconds, but seeds per second
+    return found | dict(seeds=1 / value[names["seeds"]], label=.46, walk=.13)  # CPU seconds of two CRFs and of a walk
 
 # %% ../nbs/13g_reproduce.ipynb #69361708
 def estimate_hours(
@@ -44,43 +44,58 @@ def estimate_hours(
     processes: int = 1, # for CRF and walk
 ) -> list[dict]:        # stage, times, hours, time in words; the last one is the sum
     "Hours of every stage"
+    full, s = len(FULL), speeds
     steps = lambda epochs, batch: epochs * -(-images // batch)
-    irn = speeds["irnet"] * p.irn_batch / 16   # measured at 16
-    rows = [("classifier", 2, steps(p.epochs, p.batch) * speeds["classifier"]), ("seeds of all images", len(FULL), images * speeds["seeds"]), ("seeds for Table 3", len(SEEDS), measured * speeds["seeds"]),
-            ("IR labels", len(FULL), images * speeds["label"] / processes), ("IRNet", len(FULL), steps(p.irn_epochs, p.irn_batch) * irn), ("walks", len(FULL), images * speeds["walk"] / processes),
-            ("segmentation", len(FULL), p.seg_iterations * speeds["segmentation"]), ("predictions", len(FULL), test * speeds["prediction"])]
+    rows = [("classifier", 2, steps(p.epochs, p.batch) * s["classifier"]),
+            ("seeds of all images", full, images * s["seeds"]),
+            ("seeds for Table 3", len(SEEDS), measured * s["seeds"]),
+            ("IR labels", full, images * s["label"] / processes),
+            ("IRNet", full, steps(p.irn_epochs, p.irn_batch) * s["irnet"] * p.irn_batch / 16),   # measured at 16
+            ("walks", full, images * s["walk"] / processes),
+            ("segmentation", full, p.seg_iterations * s["segmentation"]),
+            ("predictions", full, test * s["prediction"])]
     rows.append(("all", "", sum(n * t for _, n, t in rows)))
-    return [dict(stage=s, times=n, hours=round((n or 1) * t / 3600, 4), time=duration((n or 1) * t)) for s, n, t in rows]
+    return [dict(stage=name, times=n, hours=round((n or 1) * t / 3600, 4), time=duration((n or 1) * t)) for name, n, t in rows]
 
 # %% ../nbs/13g_reproduce.ipynb #9ecb5b69
+def _part(ds: Any, ids: set) -> Subset:
+    "The images of `ids`, in order"
+    return Subset(ds, [i for i, n in enumerate(ds.ids) if n in ids])
+
 def _percent(rows: list[dict], rule: str = "oracle") -> dict:
     "mIoU, FP, FN in percent of the row with the rule"
     found = [r for r in rows if r.get("rule") == rule]
     return {v: round(100 * found[0][v], 1) for v in ("miou", "fp", "fn")} if found else {}
 
-def _table3(p: Any, d: Any, out: Path, files: dict, options: dict, seeds: dict) -> list[dict]:
+# %% ../nbs/13g_reproduce.ipynb #8622f725
+def _table3(p: Any, d: Any, out: Path, files: dict, seeds: dict) -> list[dict]:
     "Rows of Table 3 that need seeds only"
-    shown, rows = Subset(d.train, [i for i, n in enumerate(d.train.ids) if n in set(d.measured)]), []
+    shown, rows = _part(d.train, set(d.measured)), []
     for name, (method, kind) in SEEDS.items():
-        net, _ = classifier_stage(replace(p, stop_grad="input" if kind == "stopped" else "none"), d.train, out / kind, trained=files[kind])
-        done, words = seed_stage(p, net, shown, out / "table3" / method / kind, method, **seeds)
+        settings, folder = replace(p, stop_grad="input" if kind == "stopped" else "none"), out / "table3" / method / kind
+        net, _ = classifier_stage(settings, d.train, out / kind, trained=files[kind])
+        done, words = seed_stage(p, net, shown, folder, method, **seeds)
         print(f"{name}: seeds {words}")
-        left = {s[0] for s in done["skipped"]}
-        scored = Subset(shown, [i for i, n in enumerate(shown.ids) if n not in left])
-        rows.append(dict(table="3", row=name, **_percent(score_seeds(scored, out / "table3" / method / kind / "seeds", p.thresholds))))
+        scored = _part(shown, set(shown.ids) - {s[0] for s in done["skipped"]})
+        rows.append(dict(table="3", row=name, **_percent(score_seeds(scored, folder / "seeds", p.thresholds))))
     return rows
 
 # %% ../nbs/13g_reproduce.ipynb #d85ba336
-def _table1(p: Any, data: str, out: Path, trained: Path, options: dict, resnet: Any, init: Any, limit: int | None, processes: int, workers: int) -> list[dict]:
-    "Rows of Table 1, and of Table 3 what they have in common"
+def _scores(told: list[dict], stage: str, word: str = "") -> dict:
+    "mIoU, FP and FN in percent of a stage of a run; nothing if it has none"
+    found = [r for r in told if r["stage"] == stage and word in r["note"]]
+    return {v: round(100 * found[0][v], 1) for v in ("miou", "fp", "fn")} if found else {}
+
+# %% ../nbs/13g_reproduce.ipynb #6a011615
+def _table1(p: Any, data: str, out: Path, **options) -> list[dict]:
+    "Rows of Table 1, and of Table 3 what they have in common; options of `adcam.run.run`"
     rows = []
     for name, method in FULL.items():
         print(f"{name}: all stages")
-        run(p, data, out / "table1" / method, method=method, limit=limit, trained=trained, resnet=resnet, init=init, segment=True, processes=processes, workers=workers, **options)
+        run(p, data, out / "table1" / method, method=method, segment=True, **options)
         told = load_result("run", out / "table1" / method)["rows"]
-        score = lambda stage, word="": next(({v: round(100 * r[v], 1) for v in ("miou", "fp", "fn")} for r in told if r["stage"] == stage and word in r["note"]), {})
-        seed = score("seed scores", "oracle")
-        rows.append(dict(table="1", row=name, seed=seed.get("miou"), pseudo=score("mask scores").get("miou"), val=score("prediction scores").get("miou")))
+        seed, pseudo, val = _scores(told, "seed scores", "oracle"), _scores(told, "mask scores"), _scores(told, "prediction scores")
+        rows.append(dict(table="1", row=name, seed=seed.get("miou"), pseudo=pseudo.get("miou"), val=val.get("miou")))
         rows.append(dict(table="3", row=name.split(" (")[0], **seed))
     return rows
 
@@ -118,9 +133,10 @@ def reproduce(
         _, words = classifier_stage(replace(p, stop_grad=stop), d.train, out / kind, weights, None, 0, workers, progress, device, precision)
         files[kind] = out / kind / "classifier" / "weights.safetensors"
         print(f"classifier, {kind}: {words}")
-    rows = _table1(p, data, out, files["stopped"], options, resnet, init, limit, processes, workers)
-    rows += _table3(p, d, out, files, options, dict(processes=processes, **options))
-    origin = provenance(seeds=[0], settings=asdict(p) | dict(limit=limit, data=Path(data).name), data=dict(train=d.train.fingerprint()), checkpoints=[f for f in (weights, resnet, init) if f and f != "timm"], seconds=time.perf_counter() - start)
+    rows = _table1(p, data, out, trained=files["stopped"], resnet=resnet, init=init, limit=limit, processes=processes, workers=workers, **options)
+    rows += _table3(p, d, out, files, dict(processes=processes, **options))
+    settings, given = asdict(p) | dict(limit=limit, data=Path(data).name), [f for f in (weights, resnet, init) if f and f != "timm"]
+    origin = provenance(seeds=[0], settings=settings, data=dict(train=d.train.fingerprint()), checkpoints=given, seconds=time.perf_counter() - start)
     save_result("voc_paper", rows, out, origin, paper={t: PUBLISHED[t] for t in ("table1", "table3")})
     return rows
 
@@ -139,6 +155,15 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     a.add_argument("--estimate", action="store_true", help="only say how long it takes")
     return a.parse_args(argv)
 
+# %% ../nbs/13g_reproduce.ipynb #2a1a98cb
+def _tell_hours(p: Any, a: argparse.Namespace) -> None:
+    "Print what all of it will take"
+    gpu, n = load_result("gpu", results_dir("bench")), lambda full: min(full, a.limit) if a.limit else full
+    told = estimate_hours(p, measured_speeds(gpu, a.precision), n(10_582), n(1_464), n(1_449), a.processes)
+    print(f"time on one {gpu['provenance']['settings']['gpu']}, from results/bench/gpu.json, for {n(10_582):,} images:\n")
+    print(to_markdown([dict(stage=r["stage"], times=r["times"], time=r["time"]) for r in told]))
+    if pick_device(a.device).type == "cpu": print("there is no GPU here, and a CPU takes tens of times as long")
+
 # %% ../nbs/13g_reproduce.ipynb #fd006078
 def main(
     argv: list[str] | None = None,  # words of the command line; None takes those of the process
@@ -147,12 +172,7 @@ def main(
     a = _options(argv)
     try:
         p = override(profiles["voc"], a.changes)
-        gpu = load_result("gpu", results_dir("bench"))
-        n = (lambda full: min(full, a.limit)) if a.limit else (lambda full: full)
-        told = estimate_hours(p, measured_speeds(gpu, a.precision), n(10_582), n(1_464), n(1_449), a.processes)
-        print(f"time on one {gpu['provenance']['settings']['gpu']}, from results/bench/gpu.json, for {n(10_582):,} images:\n")
-        print(to_markdown([dict(stage=r["stage"], times=r["times"], time=r["time"]) for r in told]))
-        if pick_device(a.device).type == "cpu": print("there is no GPU here, and a CPU takes tens of times as long")
+        _tell_hours(p, a)
         if a.estimate: return 0
         if not a.data: raise ValueError("name the folder of VOC: --data DIR; adcam data get voc2012 DIR fetches it")
         rows = reproduce(p, a.data, a.out or results_dir("voc_paper"), a.weights or None, a.resnet or None, a.init or None, limit=a.limit, device=a.device, precision=a.precision,
@@ -160,7 +180,7 @@ def main(
     except (ValueError, LookupError, OSError) as e:
         print(f"adcam: {e.args[0] if isinstance(e, KeyError) and e.args else e}", file=sys.stderr)
         return 2
-    print(beside(rows) + ("\nonly {} images: the way was tested, the numbers mean nothing".format(a.limit) if a.limit else ""))
+    print(beside(rows) + (f"\nonly {a.limit} images: the way was tested, the numbers mean nothing" if a.limit else ""))
     return 0
 
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())

@@ -6,17 +6,19 @@
 __all__ = ['LOOKS', 'REFINERS', 'BUDGETS', 'as_type', 'override', 'RunData', 'run_data', 'train_config', 'with_network',
            'is_pair', 'classifier_stage', 'method_options', 'seed_stage', 'score_seeds', 'irnet_config', 'irnet_stage',
            'affinity_stage', 'score_masks', 'segmentation_net', 'warn_if_random', 'segmentation_config',
-           'segmentation_stage', 'RunResult', 'smooth_masks', 'estimate', 'run']
+           'segmentation_stage', 'smooth_masks', 'estimate', 'RunResult', 'run']
 
 # %% ../nbs/13b_run.ipynb #bf857f69
 import ast, contextlib, difflib, inspect, io, math, sys, time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable, NamedTuple
 import numpy as np
 import psutil
 import torch
 from torch import nn
+from fastcore.basics import patch
 from . import conformer
 from .baselines.psa import PSA_MINI, SETTINGS as PSA_SETTINGS, AffinityConfig, AffinityNet, make_affinity_masks, make_affinity_scores, power_at, train_affinity
 from .classifier import HeadsConfig, TrainConfig, cached_features, save_weights, train, train_heads, whole_image
@@ -75,11 +77,13 @@ class RunData(NamedTuple):
     skipped: list    # `Skipped(id, reason)`: files that cannot be used
     unlabeled: list  # ids of images without a class
 
+# %% ../nbs/13b_run.ipynb #dcf509fa
 def _opened(data: Any, split: str, limit: int | None = None) -> Any:
     "A split by its name, or the first images of a data set that is open"
     if isinstance(data, (str, Path)): return open_data(data, split, limit, strict=limit is None, check=False)
     return data if limit is None or limit >= len(data) else Subset(data, n=limit)
 
+# %% ../nbs/13b_run.ipynb #f6221bf0
 def run_data(
     profile: Profile,         # which splits
     data: Any,                # "mini" or a folder, see `adcam.data.open_data`; or an open data set, which then is every split
@@ -98,6 +102,12 @@ def _warn(text: str) -> None:
     "What must not be overlooked"
     print(f"\n{'!' * 78}\n{text}\n{'!' * 78}\n", file=sys.stderr)
 
+# %% ../nbs/13b_run.ipynb #33eb7ed5
+def _warn_without(given: dict) -> None:
+    "Warn if one of the files {option: file} is missing"
+    if lost := [o for o, f in given.items() if not f]: _warn(f"No {' and '.join(lost)} given: random numbers instead.\nThe way is tested, the results mean nothing.")
+
+# %% ../nbs/13b_run.ipynb #98fd172a
 def train_config(
     profile: Profile,  # settings
     **changes,         # fields of `TrainConfig` that differ
@@ -119,6 +129,7 @@ def is_pair(p: Profile) -> bool:
     "Does the profile name two networks of timm?"
     return network_name(p.network).kind == "pair"
 
+# %% ../nbs/13b_run.ipynb #bc5d07d4
 def _conformer(p: Profile, seed: int) -> nn.Module:
     "The untrained Conformer of a profile"
     torch.manual_seed(seed)
@@ -139,8 +150,7 @@ def _pair_stage(p: Profile, ds: Any, out: Path, trained: Any, seed: int, workers
     "The classifier of a pair: its CNN learns"
     net, done = build_network(p.network, p.num_classes, cnn_weights=cnn_weights, vit_weights=vit_weights, seed=seed), out / "classifier" / "weights.safetensors"
     if trained is not None: return load_network(net, trained).eval(), f"from {Path(trained).name}"
-    lost = [o for o, f in (("--cnn-weights", cnn_weights), ("--vit-weights", vit_weights)) if f is None]
-    if lost: _warn(f"No {' and '.join(lost)} given: random numbers instead.\nThe way is tested, the results mean nothing.")
+    _warn_without({"--cnn-weights": cnn_weights, "--vit-weights": vit_weights})
     there = done.is_file()
     history = train_network(net, ds, train_config(p, batch=min(p.batch, len(ds)), seed=seed, workers=workers, mixed_precision=precision), out=out / "classifier", progress=progress, device=device)
     save_trained(net, done, p.network, seed=seed)
@@ -150,7 +160,7 @@ def _pair_stage(p: Profile, ds: Any, out: Path, trained: Any, seed: int, workers
 def _start(p: Profile, weights: Any, seed: int, cnn_weights: Any, vit_weights: Any) -> nn.Module:
     "A network whose heads are new: a pair, or a Conformer with pre-trained weights (for the mini one those of the package)"
     given = dict(zip(("--cnn-weights", "--vit-weights"), (cnn_weights, vit_weights))) if is_pair(p) else {"--weights": weights or p.network == "conformer_mini"}
-    if lost := [o for o, f in given.items() if not f]: _warn(f"No {' and '.join(lost)} given: random numbers instead.\nThe way is tested, the results mean nothing.")
+    _warn_without(given)
     if is_pair(p): return build_network(p.network, p.num_classes, cnn_weights=cnn_weights, vit_weights=vit_weights, seed=seed)
     net = _conformer(p, seed)
     heads = {k: v.clone() for k, v in net.state_dict().items() if "cls_head" in k}
@@ -158,6 +168,7 @@ def _start(p: Profile, weights: Any, seed: int, cnn_weights: Any, vit_weights: A
     if weights is not None: conformer.load_pretrained(net, weights); net.load_state_dict(heads, strict=False)
     return net
 
+# %% ../nbs/13b_run.ipynb #c1ef3a93
 def _heads_stage(p: Profile, net: nn.Module, ds: Any, out: Path, seed: int, progress: bool, device: str) -> tuple[nn.Module, str]:
     "Linear heads on a frozen backbone; the same call gives the same heads, and finds the features of the one before"
     net = net.to(pick_device(device)).eval()
@@ -168,6 +179,17 @@ def _heads_stage(p: Profile, net: nn.Module, ds: Any, out: Path, seed: int, prog
     logits, told, kept, part = (logits, "", net, {}) if not hasattr(net, "settle") else (*net.settle(f, logits), net.trained(), dict(branch="cnn"))
     save_trained(kept, out / "classifier" / "weights.safetensors", p.network, **part, **(dict(seed=seed) if is_pair(p) else {}))
     return net, f"heads, {_steps(history, False)}, penalty {config.weight_decay:g}; {told}{_knows(judge(logits, f.labels.numpy()))}"
+
+# %% ../nbs/13b_run.ipynb #2fd47e71
+def _conformer_stage(p: Profile, ds: Any, out: Path, weights: Any, config: TrainConfig, progress: bool, device: str) -> tuple[nn.Module, str]:
+    "The classifier of the paper, from pre-trained weights"
+    net, done = _conformer(p, config.seed), out / "classifier" / "weights.safetensors"
+    if weights is None: _warn(f"No weights given: {p.network} starts from random numbers.\nThe way is tested, the results mean nothing. `adcam weights` lists the files to start from.")
+    else: conformer.load_pretrained(net, weights)
+    there = done.is_file()
+    history = train(net, ds, config, out=out / "classifier", progress=progress, device=device)
+    save_weights(net, done)
+    return net, f"{_steps(history, there)}; {_knows(learned(net, ds))}"
 
 # %% ../nbs/13b_run.ipynb #ea3aee16
 def classifier_stage(
@@ -186,18 +208,15 @@ def classifier_stage(
     heads: bool = False,              # train the two linear heads only, on features that are computed once
 ) -> tuple[nn.Module, str]:           # network in eval mode, what was done
     "Step 2 of the paper: multi-label training, one BCE loss per branch"
-    if heads: return _heads_stage(p, trained if isinstance(trained, nn.Module) else _start(p, trained or weights, seed, cnn_weights, vit_weights), ds, out, seed, progress, device)
+    if heads:
+        start = trained if isinstance(trained, nn.Module) else _start(p, trained or weights, seed, cnn_weights, vit_weights)
+        return _heads_stage(p, start, ds, out, seed, progress, device)
     if isinstance(trained, nn.Module): return trained.to(pick_device(device)).eval(), "as given"
     if is_pair(p): return _pair_stage(p, ds, out, trained, seed, workers, progress, device, precision, cnn_weights, vit_weights)
-    net, done = _conformer(p, seed), out / "classifier" / "weights.safetensors"
     if trained is None and p.dataset == "scenes" and weights is None: trained = checkpoint_path(seed)
-    if trained is not None: return conformer.load_checkpoint(net, trained).eval(), f"from {Path(trained).name}"
-    if weights is None: _warn(f"No weights given: {p.network} starts from random numbers.\nThe way is tested, the results mean nothing. `adcam weights` lists the files to start from.")
-    else: conformer.load_pretrained(net, weights)
-    config, there = train_config(p, batch=min(p.batch, len(ds)), seed=seed, workers=workers, mixed_precision=precision), done.is_file()
-    history = train(net, ds, config, out=out / "classifier", progress=progress, device=device)   # a finished run is compared with this one, and read
-    save_weights(net, done)
-    return net, f"{_steps(history, there)}; {_knows(learned(net, ds))}"
+    if trained is not None: return conformer.load_checkpoint(_conformer(p, seed), trained).eval(), f"from {Path(trained).name}"
+    config = train_config(p, batch=min(p.batch, len(ds)), seed=seed, workers=workers, mixed_precision=precision)
+    return _conformer_stage(p, ds, out, weights, config, progress, device)
 
 # %% ../nbs/13b_run.ipynb #9506461e
 def method_options(
@@ -231,15 +250,12 @@ def seed_stage(
     return done, f"{done['computed']} computed, {done['cached']} were there"
 
 # %% ../nbs/13b_run.ipynb #c1d79205
-def _indices(ds: Any, ids: list) -> list[int]:
-    where = {name: i for i, name in enumerate(ds.ids)}
-    return [where[i] for i in ids]
-
 def _mask_or_none(ds: Any, i: int) -> np.ndarray | None:
     "The mask of an image; None if there is none, or, with a word, if it cannot be read"
     try: return mask_of(ds, i)
     except (ValueError, OSError) as e: print(f"not compared: {e}", file=sys.stderr)
 
+# %% ../nbs/13b_run.ipynb #0499fe5f
 def score_seeds(
     ds: Any,             # images with masks
     folder: Path,        # of `extract_dataset`
@@ -272,11 +288,16 @@ def _stages(p: Profile, weights: Any) -> nn.Module:
     if is_pair(p): return CnnStages(network_name(p.network).cnn, weights)
     return ResNetStages(resnet_mini(p.num_classes, checkpoint=mini_path("pretrained")).backbone_net) if p.dataset == "scenes" else ResNet50Stages(weights)
 
+# %% ../nbs/13b_run.ipynb #fd4abe6e
 def _boundary_net(p: Profile, seed: int, weights: Any) -> IRNet:
     "The untrained boundary network of a profile"
     torch.manual_seed(seed)
     return IRNet(_stages(p, weights), p.irn_displacement)
 
+_BARE = dict(pair="No --cnn-weights given: IRNet's backbone stays random, and boundaries mean nothing.",
+             resnet="No weights given for IRNet's ResNet-50: it stays random, and boundaries mean nothing.\nGive a file of ImageNet weights (`adcam weights`).")
+
+# %% ../nbs/13b_run.ipynb #f8918125
 def irnet_stage(
     p: Profile,                       # settings
     ds: Any,                          # images
@@ -290,13 +311,11 @@ def irnet_stage(
     cnn_weights: Any = None,          # of a pair, whose CNN is the backbone: its pre-trained file
 ) -> tuple[IRNet, str]:               # trained network in eval mode, what was done
     "Train the boundary network on the IR labels"
-    done = out / "irnet" / "irnet.safetensors"
-    pair = is_pair(p)
-    if pair: cnn_weights = cnn_weights or resnet   # the one file that a backbone starts from
-    if p.dataset != "scenes" and (cnn_weights if pair else resnet) is None and not done.is_file():
-        _warn("No --cnn-weights given: IRNet's backbone stays random, and boundaries mean nothing." if pair else "No weights given for IRNet's ResNet-50: it stays random, and boundaries mean nothing.\nGive a file of ImageNet weights (`adcam weights`).")
-    model = _boundary_net(p, seed, cnn_weights if pair else resnet)
-    config, there = irnet_config(p, len(ds), seed, workers=workers, mixed_precision=precision), done.is_file()
+    backbone = cnn_weights or resnet if is_pair(p) else resnet               # the one file that it starts from
+    there = (out / "irnet" / "irnet.safetensors").is_file()
+    if p.dataset != "scenes" and backbone is None and not there: _warn(_BARE["pair" if is_pair(p) else "resnet"])
+    model = _boundary_net(p, seed, backbone)
+    config = irnet_config(p, len(ds), seed, workers=workers, mixed_precision=precision)
     history = train_irnet(model, ds, out / "ir_labels", config, out=out / "irnet", progress=progress, device=device)
     return model, _steps(history, there)
 
@@ -383,6 +402,7 @@ def segmentation_config(
 # %% ../nbs/13b_run.ipynb #20c5c5d5
 LOOKS = 20  # at an image, where a run is limited to some: as often as 20,000 iterations of 10 look at the 10,582 of VOC
 
+# %% ../nbs/13b_run.ipynb #4cd4be7e
 def segmentation_stage(
     p: Profile,                      # settings
     ds: Any,                         # images that have a mask in out/pseudo_masks
@@ -405,6 +425,15 @@ def segmentation_stage(
     history = train_segmentation(net, ds, out / "pseudo_masks", config, out=out / "segmentation", progress=progress, device=device)
     return net, "; ".join([_steps(history, there), *notes])
 
+# %% ../nbs/13b_run.ipynb #7fc2cdb0
+class _Call(SimpleNamespace):
+    "What was asked of `run`, by the names of its arguments"
+    @property
+    def place(self) -> torch.device: return pick_device(self.device)
+
+    @property
+    def backbone(self) -> Any: return self.cnn_weights if is_pair(self.profile) else self.resnet  # weights that a refiner starts from
+
 # %% ../nbs/13b_run.ipynb #8f396388
 _SHOWN = ("miou", "fp", "fn", "f1", "pixel_accuracy")
 
@@ -412,66 +441,90 @@ class _Log:
     "Rows of a run; each is printed as it comes"
     def __init__(self): self.rows, self.skipped = [], []
 
-    def rest(self, ds: Any, skipped: list) -> Any:
-        "The images that a stage could do; the others are remembered"
-        self.skipped += [s for s in (Skipped(*s) for s in skipped) if s.id not in {k.id for k in self.skipped}]
-        lost = {i for i, _ in skipped}
-        return Subset(ds, [i for i, name in enumerate(ds.ids) if name not in lost]) if lost else ds
+# %% ../nbs/13b_run.ipynb #37a8cb3e
+@patch
+def stage(self: _Log, name: str, images: int | None, work: Callable) -> Any:
+    "work() -> (value, words); one row. The first stage finds out how many images there are"
+    start = time.perf_counter()
+    value, words = work()
+    seconds, images = time.perf_counter() - start, len(value.train) if images is None else images
+    self.rows.append(dict(stage=name, images=images, seconds=round(seconds, 1), note=words))
+    print(f"{name:13} {images:6} images {seconds:8.1f} s   {words}")
+    return value
 
-    def stage(self, name: str, images: int | None, work: Callable) -> Any:
-        "work() -> (value, words); one row. The first stage finds out how many images there are"
-        start = time.perf_counter()
-        value, words = work()
-        seconds, images = time.perf_counter() - start, len(value.train) if images is None else images
-        self.rows.append(dict(stage=name, images=images, seconds=round(seconds, 1), note=words))
-        print(f"{name:13} {images:6} images {seconds:8.1f} s   {words}")
-        return value
+# %% ../nbs/13b_run.ipynb #a1c24c7a
+@patch
+def score(self: _Log, name: str, note: str, row: dict) -> None:
+    "A row of measured numbers"
+    self.rows.append(dict(stage=name, images=row["n"], note=note, **{v: row[v] for v in _SHOWN}))
+    print(f"{name:13} {row['n']:6} images   mIoU {100 * row['miou']:.1f}  FP {100 * row['fp']:.1f}  FN {100 * row['fn']:.1f}   {note}")
 
-    def score(self, name: str, note: str, row: dict) -> None:
-        "A row of measured numbers"
-        self.rows.append(dict(stage=name, images=row["n"], note=note, **{v: row[v] for v in _SHOWN}))
-        print(f"{name:13} {row['n']:6} images   mIoU {100 * row['miou']:.1f}  FP {100 * row['fp']:.1f}  FN {100 * row['fn']:.1f}   {note}")
+# %% ../nbs/13b_run.ipynb #85851c23
+@patch
+def rest(self: _Log, ds: Any, skipped: list) -> Any:
+    "The images that a stage could do; the others are remembered"
+    self.skipped += [s for s in (Skipped(*s) for s in skipped) if s.id not in {k.id for k in self.skipped}]
+    lost = {i for i, _ in skipped}
+    return Subset(ds, [i for i, name in enumerate(ds.ids) if name not in lost]) if lost else ds
 
-# %% ../nbs/13b_run.ipynb #419cf264
-def _segment(log: _Log, p: Profile, data: Any, ds: Any, out: Path, limit: int | None, init: Any, seed: int, processes: int, progress: bool, device: str, precision: str) -> None:
-    "Training on pseudo masks, predictions with CRF for the test split, their score if it has masks"
-    net = log.stage("segmentation", len(ds), lambda: segmentation_stage(p, ds, out, init, seed, progress, device, None if limit is None else LOOKS, mixed_precision=precision))
-    test = _opened(data, p.test_split, limit)
-    done = lambda c: (c["skipped"], f"{c['computed']} computed, {c['cached']} were there" + (f", {len(c['skipped'])} left out" if c["skipped"] else ""))
-    broken = log.stage("predictions", len(test), lambda: done(predict_dataset(net.to(pick_device(device)), test, out / "predictions", precision=precision, processes=processes, progress=progress)))
-    if row := score_masks(log.rest(test, broken), out / "predictions"): log.score("prediction scores", f"{p.test_split} split, with CRF", row)
+# %% ../nbs/13b_run.ipynb #85c11962
+def _measured(ds: Any, ids: list) -> Any:
+    "The images of `ids` that are still there; None if there are none"
+    left = set(ids) & set(ds.ids)
+    return Subset(ds, [i for i, name in enumerate(ds.ids) if name in left]) if left else None
 
-# %% ../nbs/13b_run.ipynb #6f08116d
-class RunResult(NamedTuple):
-    "What a run leaves behind, beside its folder"
-    rows: list       # a row per stage and per score, as in run.json
-    skipped: list    # `Skipped(id, reason)`
-    unlabeled: list  # ids of images without a class
-    total: int = 0   # images that were to be worked on
+# %% ../nbs/13b_run.ipynb #b7953828
+def _data_stage(c: _Call) -> tuple[RunData, str]:
+    "The images, and whether labels and masks agree where there are both"
+    d = run_data(c.profile, c.data, c.limit, c.workers)
+    if not (isinstance(c.data, str) and c.data == "mini") and (shown := _measured(d.train, d.measured)): check_agreement(shown)
+    return d, f"{len(d.train)} to work on, {len(d.measured)} to measure, {len(d.skipped)} unreadable, {len(d.unlabeled)} without a class"
+
+# %% ../nbs/13b_run.ipynb #5a7a9453
+def _seeds(log: _Log, c: _Call, net: nn.Module, ds: Any, measured: list) -> Any:
+    "Seeds and their score; the images that have one"
+    work = lambda: seed_stage(c.profile, net, ds, c.out, c.method, c.processes, c.progress, c.device, c.precision)
+    ds = log.rest(ds, log.stage("seeds", len(ds), work)["skipped"])
+    shown = _measured(ds, measured)
+    for row in score_seeds(shown, c.out / "seeds", c.profile.thresholds) if shown else ():
+        log.score("seed scores", f"threshold {row['t']:.2f}, {row['rule']}, no CRF", row)
+    return ds
 
 # %% ../nbs/13b_run.ipynb #b3f1c004
-def _by_irn(log: _Log, counted: Callable, p: Profile, ds: Any, out: Path, resnet: Any, seed: int, workers: int, progress: bool, device: str, precision: str, force: bool = False) -> tuple[Any, str]:
-    "IR labels, IRNet, random walk; the images that have a mask, and how it was cut in words"
-    n, place = len(ds), pick_device(device)
-    ds = log.rest(ds, log.stage("IR labels", n, lambda: counted(make_ir_labels, ds, out / "seeds", out / "ir_labels", fg=p.label_fg, bg=p.label_bg, device=place)))
-    irnet = log.stage("IRNet", n, lambda: irnet_stage(p, ds, out, resnet, seed, workers, progress, device, precision))
+def _counted(c: _Call, work: Callable, *a, **k) -> tuple[list, str]:
+    "Files made by worker processes: what was left out, and how many there are in words"
+    done = work(*a, processes=c.processes, progress=c.progress, **k)
+    return done["skipped"], f"{done['computed']} computed, {done['cached']} were there"
+
+# %% ../nbs/13b_run.ipynb #4f1b8359
+def _by_irn(log: _Log, c: _Call, ds: Any) -> tuple[Any, str]:
+    "IR labels, IRNet, random walk"
+    p, n = c.profile, len(ds)
+    labels = lambda: _counted(c, make_ir_labels, ds, c.out / "seeds", c.out / "ir_labels", fg=p.label_fg, bg=p.label_bg, device=c.place)
+    ds = log.rest(ds, log.stage("IR labels", n, labels))
+    irnet = log.stage("IRNet", n, lambda: irnet_stage(p, ds, c.out, c.backbone, c.seed, c.workers, c.progress, c.device, c.precision))
     walk = dict(power=p.walk_cam_power, background=p.walk_background, radius=p.walk_radius, beta=p.walk_beta, exp_times=p.walk_exp_times)
-    masks = lambda: counted(make_pseudo_masks, ds, out / "seeds", irnet.to(place), out / "pseudo_masks", precision=precision, force=force, **walk)
+    masks = lambda: _counted(c, make_pseudo_masks, ds, c.out / "seeds", irnet.to(c.place), c.out / "pseudo_masks", precision=c.precision, force=c.force, **walk)
     return log.rest(ds, log.stage("pseudo masks", n, masks)), f"background {p.walk_background}"
 
-def _by_psa(log: _Log, counted: Callable, p: Profile, ds: Any, out: Path, resnet: Any, seed: int, workers: int, progress: bool, device: str, precision: str, force: bool = False) -> tuple[Any, str]:
+# %% ../nbs/13b_run.ipynb #c32ea3fc
+def _by_psa(log: _Log, c: _Call, ds: Any) -> tuple[Any, str]:
     "Scores of two CRFs, AffinityNet, its walk"
-    n, walk, powers = len(ds), PSA_SETTINGS["scenes" if p.dataset == "scenes" else "psa"], {}
-    if (p.label_fg, p.label_bg) != (Profile.label_fg, Profile.label_bg):   # maps of another height than CAM's, for which PSA's powers are made
+    p, n, powers = c.profile, len(ds), {}
+    walk = PSA_SETTINGS["scenes" if p.dataset == "scenes" else "psa"]
+    if (p.label_fg, p.label_bg) != (Profile.label_fg, Profile.label_bg):
         walk, powers = walk | dict(alpha=power_at(p.walk_background)), dict(low=power_at(p.label_fg), high=power_at(p.label_bg))
-    ds = log.rest(ds, log.stage("PSA scores", n, lambda: counted(make_affinity_scores, ds, out / "seeds", out / "psa_scores", **powers)))
-    net = log.stage("AffinityNet", n, lambda: affinity_stage(p, ds, out, resnet, seed, workers, progress, device))
-    masks = lambda: counted(make_affinity_masks, ds, out / "seeds", net.to(pick_device(device)), out / "pseudo_masks", force=force, **walk)
+    scores = lambda: _counted(c, make_affinity_scores, ds, c.out / "seeds", c.out / "psa_scores", **powers)
+    ds = log.rest(ds, log.stage("PSA scores", n, scores))
+    net = log.stage("AffinityNet", n, lambda: affinity_stage(p, ds, c.out, c.backbone, c.seed, c.workers, c.progress, c.device))
+    masks = lambda: _counted(c, make_affinity_masks, ds, c.out / "seeds", net.to(c.place), c.out / "pseudo_masks", force=c.force, **walk)
     return log.rest(ds, log.stage("pseudo masks", n, masks)), f"PSA, share {walk['threshold']}"
 
-def _by_threshold(log: _Log, counted: Callable, p: Profile, ds: Any, out: Path, *_, force: bool = False) -> tuple[Any, str]:
+# %% ../nbs/13b_run.ipynb #5180ef34
+def _by_threshold(log: _Log, c: _Call, ds: Any) -> tuple[Any, str]:
     "No walk: whatever is above the background score"
-    masks = lambda: counted(make_pseudo_masks, ds, out / "seeds", None, out / "pseudo_masks", power=p.walk_cam_power, background=p.walk_background, force=force)
+    p = c.profile
+    masks = lambda: _counted(c, make_pseudo_masks, ds, c.out / "seeds", None, c.out / "pseudo_masks", power=p.walk_cam_power, background=p.walk_background, force=c.force)
     return log.rest(ds, log.stage("pseudo masks", len(ds), masks)), f"no walk, background {p.walk_background}"
 
 REFINERS = dict(irn=_by_irn, psa=_by_psa, none=_by_threshold)
@@ -483,6 +536,7 @@ def _read(path: Path) -> None:
 def _smooth_file(path: Path, source: Path, image: np.ndarray, size: int, device: Any) -> None:
     save_mask(path, smooth_mask(read_mask(source, 254, image.shape[:2]), image, device))
 
+# %% ../nbs/13b_run.ipynb #92f9c644
 def smooth_masks(
     ds: Any,              # images that have a mask
     out: str | Path,      # folder of a run: reads seeds and pseudo_masks, writes crf_masks
@@ -495,6 +549,31 @@ def smooth_masks(
     ask = lambda sample, seed, name: (out / "pseudo_masks" / f"{sample.id}.png", sample.image, 254, device)
     return files_from_seeds(ds, out / "seeds", out / "crf_masks", told, ask, _smooth_file, _read, what="CRF", **options)
 
+# %% ../nbs/13b_run.ipynb #0c04ad88
+def _masks(log: _Log, c: _Call, ds: Any, measured: list) -> Any:
+    "Masks from seeds, with a CRF if wanted, and their scores; the images that have one"
+    def score(folder, how):
+        if (shown := _measured(ds, measured)) and (row := score_masks(shown, c.out / folder)): log.score("mask scores", how, row)
+    ds, how = REFINERS[c.refine](log, c, ds)
+    score("pseudo_masks", f"{how}, no CRF")
+    if c.crf:
+        ds = log.rest(ds, log.stage("CRF", len(ds), lambda: _counted(c, smooth_masks, ds, c.out, device=c.place, force=c.force)))
+        score("crf_masks", f"{how}, with CRF")
+    return ds
+
+# %% ../nbs/13b_run.ipynb #419cf264
+def _segment(log: _Log, c: _Call, ds: Any) -> None:
+    "Training on pseudo masks, predictions with CRF for the test split, their score if it has masks"
+    init = c.init or c.cnn_weights if is_pair(c.profile) else c.init
+    looks = None if c.limit is None else LOOKS
+    learn = lambda: segmentation_stage(c.profile, ds, c.out, init, c.seed, c.progress, c.device, looks, mixed_precision=c.precision)
+    net, test = log.stage("segmentation", len(ds), learn).to(c.place), _opened(c.data, c.profile.test_split, c.limit)
+    def predict():
+        left_out, words = _counted(c, lambda **k: predict_dataset(net, test, c.out / "predictions", precision=c.precision, **k))
+        return left_out, words + (f", {len(left_out)} left out" if left_out else "")
+    test = log.rest(test, log.stage("predictions", len(test), predict))
+    if row := score_masks(test, c.out / "predictions"): log.score("prediction scores", f"{c.profile.test_split} split, with CRF", row)
+
 # %% ../nbs/13b_run.ipynb #c0a5e006
 def _step_cost(net: nn.Module, crop: int, forward: Callable) -> tuple[float, int]:
     "Seconds and bytes of one view of a training: forward and backward, with the network left as it was"
@@ -505,6 +584,7 @@ def _step_cost(net: nn.Module, crop: int, forward: Callable) -> tuple[float, int
         net.zero_grad(set_to_none=True)
         for m, training in modes.items(): m.training = training
 
+# %% ../nbs/13b_run.ipynb #6955d633
 def _total(y: Any) -> torch.Tensor:
     "One number of whatever a network returns"
     return sum(t.float().sum() for t in (y if isinstance(y, (tuple, list)) else [y]) if t is not None and t.requires_grad)
@@ -522,32 +602,48 @@ def _boundary_cost(p: Profile, net: IRNet, images: int) -> Cost:
     learn = _training_cost("IRNet", net, p.irn_crop, p.irn_epochs * images, min(p.irn_batch, images), loss)
     return learn._replace(seconds=learn.seconds * (1 + p.irn_displacement / (3 * p.irn_epochs)))
 
+# %% ../nbs/13b_run.ipynb #188f815c
+def _affinity_cost(p: Profile, net: AffinityNet, images: int) -> Cost:
+    "AffinityNet, with its own settings"
+    config = PSA_MINI if p.dataset == "scenes" else AffinityConfig()
+    return _training_cost("AffinityNet", net, config.crop or p.crop, config.epochs * images, min(config.batch, images))
 
 # %% ../nbs/13b_run.ipynb #646426b4
 def _heads_cost(net: nn.Module, tried: Any, work: Any) -> Cost:
     "Features of all images, from those of one; the heads themselves take seconds"
-    x, share = whole_image(tried.images[-1], None, net.stride)[None].to(next(net.parameters()).device), sum(h * w for h, w in work.sizes) / tried.images[-1][..., 0].size
+    image = tried.images[-1]
+    x = whole_image(image, None, net.stride)[None].to(next(net.parameters()).device)   # (1,3,H,W)
     with torch.no_grad(): seconds, memory, _ = measure(lambda: net.features(x), x.device)
-    return Cost("classifier", seconds * share, 2 * memory)
+    return Cost("classifier", seconds * sum(h * w for h, w in work.sizes) / image[..., 0].size, 2 * memory)
 
 # %% ../nbs/13b_run.ipynb #c0a5e007
 def _mask_costs(p: Profile, tried: Any, work: Any, refine: str, crf: bool, net: nn.Module | None) -> list[Cost]:
     "Masks of all images from those that were tried: CRF, IR labels, IRNet's looks at views, walks"
-    image, seed, costs = tried.images[-1], tried.seeds[-1], []
-    share = sum(h * w for h, w in work.sizes) / image[..., 0].size           # pixels of all images, in that of the probe
-    most = max(h * w for h, w in work.sizes) / image[..., 0].size
+    image, seed, n = tried.images[-1], tried.seeds[-1], len(work.sizes)
+    pixels = np.array([h * w for h, w in work.sizes]) / image[..., 0].size   # (n,) of every image, in that of the probe
+    share, most = pixels.sum(), pixels.max()
     mask = seed_mask(np.asarray(seed.high_res, np.float32), seed.keys, .3)
     smooth, memory, _ = measure(lambda: smooth_mask(mask, image))
+    cost = lambda name, seconds, memory: Cost(name, seconds * share, int(memory * most))
+    costs = []
     if refine == "irn":
         look, m, edge = measure(lambda: edge_map(net.eval(), image))
         walk = measure(lambda: random_walk(seed.cam, edge, p.walk_radius, p.walk_beta, p.walk_exp_times))[0]
-        costs = [Cost("IR labels", 1.5 * smooth * share, int(1.5 * memory * most)), _boundary_cost(p, net, len(work.sizes)),
-                 Cost("walks", (look + walk) * share, int(m * most))]
-    if refine == "psa":
-        config = PSA_MINI if p.dataset == "scenes" else AffinityConfig()
-        learn = _training_cost("AffinityNet", net, config.crop or p.crop, config.epochs * len(work.sizes), min(config.batch, len(work.sizes)))
-        costs = [Cost("PSA scores", 2 * smooth * share, int(2 * memory * most)), learn]
-    return costs + ([Cost("CRF", smooth * share, int(memory * most))] if crf else [])
+        costs = [cost("IR labels", 1.5 * smooth, 1.5 * memory), _boundary_cost(p, net, n), cost("walks", look + walk, m)]
+    if refine == "psa": costs = [cost("PSA scores", 2 * smooth, 2 * memory), _affinity_cost(p, net, n)]
+    return costs + ([cost("CRF", smooth, memory)] if crf else [])
+
+# %% ../nbs/13b_run.ipynb #eac59d11
+def _refiner(p: Profile, refine: str, backbone: Any) -> nn.Module | None:
+    "The untrained network of a way from seeds to masks"
+    if refine == "irn": return _boundary_net(p, 0, backbone)
+    return AffinityNet(_stages(p, backbone)) if refine == "psa" else None
+
+def _classifier_cost(p: Profile, net: nn.Module, ds: Any, what: str, tried: Any, work: Any) -> list[Cost]:
+    "What is still to be learned of the classifier"
+    if what == "heads": return [_heads_cost(net, tried, work)]
+    cnn = (lambda x: net.branch_logits(x, "cnn")) if is_pair(p) else None
+    return [_training_cost("classifier", net, p.crop, p.epochs * len(ds), min(p.batch, len(ds)), cnn)] if what == "all" else []
 
 # %% ../nbs/13b_run.ipynb #c0a5e008
 def estimate(
@@ -567,86 +663,72 @@ def estimate(
     lower: str = "--scales, --set crop or --processes", # what can be lowered, in words
 ) -> Estimate:                # seconds and bytes of every stage
     "What a run will cost, from a probe of two images"
-    work = plan_probe(ds, p.scales, net.stride, p.size_mode)
-    tried = probe_seeds(net.eval(), ds, work, method, p.scales, p.size_mode, todo, flip=p.flip, precision=precision, **(method_options(p, method) if options is None else options))
-    processes = processes if next(net.parameters()).device.type == "cpu" else 1
-    costs = [Cost("seeds", tried.seconds, tried.memory)]
-    if refine: costs += _mask_costs(p, tried, work, refine, crf, _boundary_net(p, 0, backbone) if refine == "irn" else AffinityNet(_stages(p, backbone)) if refine == "psa" else None)
-    costs = [c if c.stage in ("IRNet", "AffinityNet") else Cost(c.stage, c.seconds / processes, c.memory * processes) for c in costs]
-    if classifier == "all": costs.insert(0, _training_cost("classifier", net, p.crop, p.epochs * len(ds), min(p.batch, len(ds)), (lambda x: net.branch_logits(x, "cnn")) if is_pair(p) else None))
-    if classifier == "heads": costs.insert(0, _heads_cost(net, tried, work))
-    held = psutil.Process().memory_info().rss * processes
-    return Estimate(work, costs, held, memory_left(next(net.parameters()).device) + psutil.Process().memory_info().rss - held, p.scales, p.flip, lower)
+    work, device = plan_probe(ds, p.scales, net.stride, p.size_mode), next(net.parameters()).device
+    options = method_options(p, method) if options is None else options
+    tried = probe_seeds(net.eval(), ds, work, method, p.scales, p.size_mode, todo, flip=p.flip, precision=precision, **options)
+    processes = processes if device.type == "cpu" else 1
+    files = [Cost("seeds", tried.seconds, tried.memory)]
+    if refine: files += _mask_costs(p, tried, work, refine, crf, _refiner(p, refine, backbone))
+    shared = lambda c: c if c.stage in ("IRNet", "AffinityNet") else Cost(c.stage, c.seconds / processes, c.memory * processes)
+    costs = [*_classifier_cost(p, net, ds, classifier, tried, work), *map(shared, files)]
+    now = psutil.Process().memory_info().rss
+    return Estimate(work, costs, now * processes, memory_left(device) + now - now * processes, p.scales, p.flip, lower)
 
 # %% ../nbs/13b_run.ipynb #c0a5e009
 BUDGETS = ("off", "tell", "check", "only")
 
-def _tell_cost(p, ds, out, budget, method, weights, trained, heads, seed, cnn_weights, vit_weights, refine, crf, backbone, processes, device, precision, segment, limit, lower) -> bool:
-    "Print what the run will cost; a `MemoryError` stops one that is too large. A run that has all its seeds is not probed again. Was that all that was asked?"
-    todo = [] if budget == "off" else [i for i, name in enumerate(ds.ids) if not (out / "seeds" / f"{name}.npz").exists()]
-    if not todo: return budget == "only"
-    ready = not heads and (trained is not None or p.dataset == "scenes" and weights is None)
-    with contextlib.redirect_stderr(io.StringIO()): net = trained if isinstance(trained, nn.Module) else _start(p, weights, seed, cnn_weights, vit_weights)   # the run itself warns
-    finished = (out / "classifier" / "weights.safetensors").is_file()
-    found = estimate(p, net.to(pick_device(device)), ds, method, classifier="" if ready or finished else "heads" if heads else "all", refine=refine, crf=crf, backbone=backbone,
-                     processes=processes, precision=precision, todo=todo, lower=lower)
-    if segment:
-        config, net = segmentation_config(p, seed), segmentation_net(p, cnn_weights if is_pair(p) else None)[0].to(pick_device(device))
-        views = config.batch * config.iterations if limit is None else min(LOOKS * len(ds), config.batch * config.iterations)
-        found.costs.append(_training_cost("segmentation", net, config.crop, views, -(-config.batch // config.accumulate)))
-    print(approve(found, anyway=budget != "check"))
-    return budget == "only"
+def _untrained(c: _Call) -> nn.Module:
+    "A network like the one that seeds will be made with, without the warnings that the run itself gives"
+    if isinstance(c.trained, nn.Module): return c.trained
+    with contextlib.redirect_stderr(io.StringIO()): return _start(c.profile, c.weights, c.seed, c.cnn_weights, c.vit_weights)
 
-# %% ../nbs/13b_run.ipynb #85c11962
-def _check_call(budget: str, refine: str, device: str, precision: str) -> torch.device:
-    "Refuse what cannot work; where the run takes place"
+def _segmentation_cost(c: _Call, images: int) -> Cost:
+    "Training on pseudo masks"
+    config, p = segmentation_config(c.profile, c.seed), c.profile
+    net = segmentation_net(p, c.cnn_weights if is_pair(p) else None)[0].to(c.place)
+    views = config.batch * config.iterations
+    if c.limit is not None: views = min(LOOKS * images, views)
+    return _training_cost("segmentation", net, config.crop, views, -(-config.batch // config.accumulate))
+
+# %% ../nbs/13b_run.ipynb #74ef6150
+def _tell_cost(c: _Call, ds: Any) -> bool:
+    "Print what the run will cost; a `MemoryError` stops one that is too large. Was that all that was asked?"
+    todo = [] if c.budget == "off" else [i for i, name in enumerate(ds.ids) if not (c.out / "seeds" / f"{name}.npz").exists()]
+    if not todo: return c.budget == "only"
+    given = not c.heads and (c.trained is not None or c.profile.dataset == "scenes" and c.weights is None)
+    ready = given or (c.out / "classifier" / "weights.safetensors").is_file()
+    found = estimate(c.profile, _untrained(c).to(c.place), ds, c.method, classifier="" if ready else "heads" if c.heads else "all", refine=c.refine, crf=c.crf,
+                     backbone=c.backbone, processes=c.processes, precision=c.precision, todo=todo, lower=c.lower)
+    if c.segment: found.costs.append(_segmentation_cost(c, len(ds)))
+    print(approve(found, anyway=c.budget != "check"))
+    return c.budget == "only"
+
+# %% ../nbs/13b_run.ipynb #4fc02d24
+def _check_call(c: _Call) -> None:
+    "Refuse what cannot work"
     if launched()[1] > 1: raise ValueError("a whole run is one process; start it without a launcher, or launch its stages one by one (adcam train, adcam seeds)")
-    if budget not in BUDGETS: raise ValueError(f"budget is {budget!r}; choose one of {', '.join(BUDGETS)}")
-    if refine not in REFINERS: raise ValueError(f"refine is {refine!r}; choose one of {', '.join(REFINERS)}")
-    place = pick_device(device)
-    check_precision(precision, place)
-    return place
+    if c.budget not in BUDGETS: raise ValueError(f"budget is {c.budget!r}; choose one of {', '.join(BUDGETS)}")
+    if c.refine not in REFINERS: raise ValueError(f"refine is {c.refine!r}; choose one of {', '.join(REFINERS)}")
+    check_precision(c.precision, c.place)
 
-def _measured(ds: Any, ids: list) -> Any:
-    "The images of `ids` that are still there; None if there are none"
-    left = set(ids) & set(ds.ids)
-    return Subset(ds, [i for i, name in enumerate(ds.ids) if name in left]) if left else None
-
+# %% ../nbs/13b_run.ipynb #d648b6d0
 def _is_file(f: Any) -> bool: return isinstance(f, (str, Path)) and bool(f) and f != "timm"
 
-def _record(log: _Log, out: Path, unlabeled: list, p: Profile, data: Any, ds: Any, seed: int, start: float, files: list, **settings) -> None:
+def _record(log: _Log, c: _Call, ds: Any, unlabeled: list, start: float) -> None:
     "run.json: the rows, and where the numbers come from"
-    name = Path(data).name if isinstance(data, (str, Path)) else getattr(data, "name", type(data).__name__)
-    origin = provenance(seeds=[seed], settings=asdict(p) | dict(data=name) | settings, data=dict(train=ds.fingerprint()), seconds=time.perf_counter() - start, checkpoints=[f for f in files if _is_file(f)])
-    save_result("run", log.rows, out, origin, skipped=[s._asdict() for s in log.skipped], unlabeled=unlabeled)
+    name = Path(c.data).name if isinstance(c.data, (str, Path)) else getattr(c.data, "name", type(c.data).__name__)
+    settings = asdict(c.profile) | dict(data=name, method=c.method, refine=c.refine, crf=c.crf, heads=c.heads, limit=c.limit) | numerics(c.place, c.precision)
+    files = [f for f in (c.weights, c.trained, c.resnet, c.init, c.cnn_weights, c.vit_weights) if _is_file(f)]
+    origin = provenance(seeds=[c.seed], settings=settings, data=dict(train=ds.fingerprint()), seconds=time.perf_counter() - start, checkpoints=files)
+    save_result("run", log.rows, c.out, origin, skipped=[s._asdict() for s in log.skipped], unlabeled=unlabeled)
 
-# %% ../nbs/13b_run.ipynb #b7953828
-def _data_stage(p: Profile, data: Any, limit: int | None, workers: int) -> tuple[RunData, str]:
-    "The images, and whether labels and masks agree where there are both"
-    d = run_data(p, data, limit, workers)
-    if not (isinstance(data, str) and data == "mini") and (shown := _measured(d.train, d.measured)): check_agreement(shown)
-    return d, f"{len(d.train)} to work on, {len(d.measured)} to measure, {len(d.skipped)} unreadable, {len(d.unlabeled)} without a class"
-
-def _seeds(log: _Log, p: Profile, net: nn.Module, ds: Any, out: Path, measured: list, method: str, processes: int, progress: bool, device: str, precision: str) -> Any:
-    "Seeds and their score; the images that have one"
-    ds = log.rest(ds, log.stage("seeds", len(ds), lambda: seed_stage(p, net, ds, out, method, processes, progress, device, precision))["skipped"])
-    shown = _measured(ds, measured)
-    for row in score_seeds(shown, out / "seeds", p.thresholds) if shown else (): log.score("seed scores", f"threshold {row['t']:.2f}, {row['rule']}, no CRF", row)
-    return ds
-
-def _masks(log: _Log, p: Profile, ds: Any, out: Path, measured: list, refine: str, crf: bool, backbone: Any, seed: int, processes: int, workers: int, progress: bool, device: str, precision: str, force: bool) -> Any:
-    "Masks from seeds, with a CRF if wanted, and their scores; the images that have one"
-    def counted(work, *a, **k):
-        done = work(*a, processes=processes, progress=progress, **k)
-        return done["skipped"], f"{done['computed']} computed, {done['cached']} were there"
-    def score(folder, how):
-        if (shown := _measured(ds, measured)) and (row := score_masks(shown, out / folder)): log.score("mask scores", how, row)
-    ds, how = REFINERS[refine](log, counted, p, ds, out, backbone, seed, workers, progress, device, precision, force=force)
-    score("pseudo_masks", f"{how}, no CRF")
-    if crf:
-        ds = log.rest(ds, log.stage("CRF", len(ds), lambda: counted(smooth_masks, ds, out, device=pick_device(device), force=force)))
-        score("crf_masks", f"{how}, with CRF")
-    return ds
+# %% ../nbs/13b_run.ipynb #6f08116d
+class RunResult(NamedTuple):
+    "What a run leaves behind, beside its folder"
+    rows: list       # a row per stage and per score, as in run.json
+    skipped: list    # `Skipped(id, reason)`
+    unlabeled: list  # ids of images without a class
+    total: int = 0   # images that were to be worked on
 
 # %% ../nbs/13b_run.ipynb #78810159
 @one_at_a_time()
@@ -678,14 +760,14 @@ def run(
     lower: str = "--set scales, --set crop or --processes", # what to lower then
 ) -> RunResult:
     "The paper's pipeline from image labels to pseudo masks or predictions. Repeat the same call to continue."
-    place = _check_call(budget, refine, device, precision)
-    p, out, log, start = profile, Path(out), _Log(), time.perf_counter()
-    d = log.stage("data", None, lambda: _data_stage(p, data, limit, workers))
-    ds, n, log.skipped, backbone = d.train, len(d.train), list(d.skipped), cnn_weights if is_pair(p) else resnet
-    if _tell_cost(p, ds, out, budget, method, weights, trained, heads, seed, cnn_weights, vit_weights, refine, crf, backbone, processes, device, precision, segment, limit, lower): return RunResult(log.rows, log.skipped, d.unlabeled, n + len(d.skipped))
-    net = log.stage("classifier", n, lambda: classifier_stage(p, ds, out, weights, trained, seed, workers, progress, device, precision, cnn_weights, vit_weights, heads))
-    ds = _seeds(log, p, net, ds, out, d.measured, method, processes, progress, device, precision)
-    ds = _masks(log, p, ds, out, d.measured, refine, crf, backbone, seed, processes, workers, progress, device, precision, force)
-    if segment: _segment(log, p, data, ds, out, limit, (init or cnn_weights) if is_pair(p) else init, seed, processes, progress, device, precision)
-    _record(log, out, d.unlabeled, p, data, ds, seed, start, [weights, trained, resnet, init, cnn_weights, vit_weights], method=method, refine=refine, crf=crf, heads=heads, limit=limit, **numerics(place, precision))
-    return RunResult(log.rows, log.skipped, d.unlabeled, n + len(d.skipped))
+    c, log, start = _Call(**locals() | dict(out=Path(out))), _Log(), time.perf_counter()
+    _check_call(c)
+    d = log.stage("data", None, lambda: _data_stage(c))
+    ds, total, log.skipped = d.train, len(d.train) + len(d.skipped), list(d.skipped)
+    result = RunResult(log.rows, log.skipped, d.unlabeled, total)
+    if _tell_cost(c, ds): return result
+    net = log.stage("classifier", len(ds), lambda: classifier_stage(c.profile, ds, c.out, weights, trained, seed, workers, progress, device, precision, cnn_weights, vit_weights, heads))
+    ds = _masks(log, c, _seeds(log, c, net, ds, d.measured), d.measured)
+    if segment: _segment(log, c, ds)
+    _record(log, c, ds, d.unlabeled, start)
+    return result

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.multiprocessing as mp
+from fastcore.basics import patch
 from PIL import Image
 from torch import Tensor
 from .branches import TwoBranch
@@ -48,19 +49,21 @@ class Plan:
     thresholds: tuple = tuple(i / 100 for i in range(100))   # background scores
     why_every: int = 6                                       # every so many photographs, look at the attention itself
 
-    @property
-    def points(self) -> list[Point]:
-        "CAM, TS-CAM, TransCAM, plain diffusion, and the whole grid of AD-CAM"
-        ks, steps = sorted({*self.ks, self.k}), sorted({*self.steps, self.T})
-        diffused = [Point("att_diffu", 0, t, d) for d in self.directions for t in steps]
-        return [Point("cam"), Point("ts_cam"), Point("trans_cam", 0, 1, "pull"), *diffused, *(Point("ad_cam", k, t, d) for d in self.directions for k in ks for t in steps)]
+# %% ../nbs/13e_voc.ipynb #5ad2d7c9
+@patch(as_prop=True)
+def points(self: Plan) -> list[Point]:
+    "CAM, TS-CAM, TransCAM, plain diffusion, and the whole grid of AD-CAM"
+    ks, steps = sorted({*self.ks, self.k}), sorted({*self.steps, self.T})
+    diffused = [Point("att_diffu", 0, t, d) for d in self.directions for t in steps]
+    return [Point("cam"), Point("ts_cam"), Point("trans_cam", 0, 1, "pull"), *diffused, *(Point("ad_cam", k, t, d) for d in self.directions for k in ks for t in steps)]
 
-    @property
-    def shown(self) -> list[Point]:
-        "Points whose counts are kept for every single photograph: the rows of the tables, and the steps of Figure 6"
-        steps = sorted({*self.steps, self.T})
-        walk = [Point("ad_cam", self.k, t, d) for d in self.directions for t in steps]
-        return [p for p in self.points if p.method in ("cam", "ts_cam", "trans_cam") or p in walk or p.method == "att_diffu" and p.steps in (1, self.T)]
+# %% ../nbs/13e_voc.ipynb #b1fa5906
+@patch(as_prop=True)
+def shown(self: Plan) -> list[Point]:
+    "Points whose counts are kept for every single photograph: the rows of the tables, and the steps of Figure 6"
+    steps = sorted({*self.steps, self.T})
+    walk = [Point("ad_cam", self.k, t, d) for d in self.directions for t in steps]
+    return [p for p in self.points if p.method in ("cam", "ts_cam", "trans_cam") or p in walk or p.method == "att_diffu" and p.steps in (1, self.T)]
 
 # %% ../nbs/13e_voc.ipynb #02e90f3c
 def plan_dict(plan: Plan) -> dict:
@@ -153,6 +156,7 @@ def score_counts(
 # %% ../nbs/13e_voc.ipynb #1f4682c3
 WHY = ("received", "auc", "sinks", "sinks_on_object", "auc_of_S")
 
+# %% ../nbs/13e_voc.ipynb #cffaaadb
 def _sinks(A: Tensor, labels: Tensor) -> tuple[float, float]:
     "Share received by the top 1 % of tokens, and the share of these on objects; A (1,N,N), labels (N,)"
     received = A[0].sum(0)                                                   # (N,)
@@ -160,6 +164,7 @@ def _sinks(A: Tensor, labels: Tensor) -> tuple[float, float]:
     seen = labels[best][labels[best] != 255]
     return (received[best].sum() / received.sum()).item(), (seen > 0).double().mean().item() if len(seen) else float("nan")
 
+# %% ../nbs/13e_voc.ipynb #5501d771
 def attention_numbers(
     attn: Tensor,       # (1,L,1+N,1+N)
     labels: Tensor,     # (h,w) label in the middle of each token
@@ -195,28 +200,15 @@ class _Sums:
         self.at = None if at is None else torch.from_numpy(np.ascontiguousarray(at[:, self.shown])).to(device)  # (B,R,S) index of the threshold
         self.each, self.clock = dict(ids=[], logits=[], tokens=[], gt=[], tp=[], pred=[], why=[], why_ids=[]), _Clock(device)
 
-# %% ../nbs/13e_voc.ipynb #c22a3d81
-@torch.no_grad()
-def _add_image(sums: _Sums, pairs: list, sample: Any, look: bool) -> None:
-    "Count one photograph; `look`: also at its attention"
-    clock, K = sums.clock, pairs[0].num_classes
-    keys, gt = positive_classes(sample.label, K, f"image {sample.id}").to(sums.device), torch.from_numpy(sample.mask).to(sums.device)
-    x = view(sample.image, 1., pairs[0].stride).to(sums.device)              # (1,3,H,W)
-    clock("view")
-    cams, attn, logits = shared_maps(pairs, x)
-    clock("networks")
-    index, seen = torch.cat([keys.new_zeros(1), keys + 1]), []
-    for b, (mean, summed) in enumerate(block_means(attn)):
-        maps = stacked_points(cams, mean, keys, sums.plan.points, summed)            # (P,S,n,h,w)
-        clock("maps")
-        tp, pred = (c.unflatten(0, maps.shape[:2]) for c in count_maps(maps.flatten(0, 1), keys, gt, sums.edges, 2**25 if gt.is_cuda else 2**22))
-        sums.tp[b][:, :, index] += tp
-        sums.pred[b][:, :, index] += pred
-        if sums.at is not None: seen.append([c[sums.shown].gather(-1, sums.at[b][:, :, None, None].expand(-1, -1, len(index), 1))[..., 0] for c in (tp, pred)])
-        clock("count")
-    _keep(sums, sample, logits, index, seen, math.prod(cams.shape[-2:]))
-    if look: sums.each["why"].append(attention_numbers(attn, torch.from_numpy(patch_labels(sample.mask, cams.shape[-2:]).astype(np.int64)).to(sums.device))); sums.each["why_ids"].append(sample.id)
-    clock("why")
+# %% ../nbs/13e_voc.ipynb #0901fc2f
+def _count(sums: _Sums, b: int, maps: Tensor, keys: Tensor, gt: Tensor, index: Tensor) -> tuple | None:
+    "Add the counts of maps (P,S,n,h,w); right and claimed pixels of the shown points at their thresholds, (R,S,1+n) each"
+    most = 2**25 if gt.is_cuda else 2**22
+    counts = [c.unflatten(0, maps.shape[:2]) for c in count_maps(maps.flatten(0, 1), keys, gt, sums.edges, most)]  # (P,S,1+n,T) each
+    for total, c in zip((sums.tp, sums.pred), counts): total[b][:, :, index] += c
+    if sums.at is None: return None
+    at = sums.at[b][:, :, None, None].expand(-1, -1, len(index), 1)          # (R,S,1+n,1)
+    return tuple(c[sums.shown].gather(-1, at)[..., 0] for c in counts)
 
 # %% ../nbs/13e_voc.ipynb #41621273
 def _keep(sums: _Sums, sample: Any, logits: Tensor, index: Tensor, seen: list, tokens: int) -> None:
@@ -224,10 +216,39 @@ def _keep(sums: _Sums, sample: Any, logits: Tensor, index: Tensor, seen: list, t
     true, each = np.bincount(sample.mask.ravel(), minlength=256)[:len(sums.gt)], sums.each
     sums.gt += true
     for name, v in dict(ids=sample.id, logits=logits.float().cpu().numpy(), tokens=tokens, gt=true).items(): each[name].append(v)
-    for name, i in (("tp", 0), ("pred", 1)) if seen else ():
+    if sums.at is None: return
+    for i, name in enumerate(("tp", "pred")):
         full = np.zeros((len(BLOCKS), len(sums.shown), len(logits), len(sums.gt)), np.int32)                   # (B,R,S,K+1)
         full[..., index.cpu().numpy()] = torch.stack([s[i] for s in seen]).cpu().numpy()
         each[name].append(full)
+
+# %% ../nbs/13e_voc.ipynb #201f04fe
+def _look(sums: _Sums, attn: Tensor, sample: Any, grid: tuple[int, int]) -> None:
+    "Keep the numbers of the attention"
+    labels = torch.from_numpy(patch_labels(sample.mask, grid).astype(np.int64))      # (h,w)
+    sums.each["why"].append(attention_numbers(attn, labels.to(sums.device)))
+    sums.each["why_ids"].append(sample.id)
+
+# %% ../nbs/13e_voc.ipynb #c22a3d81
+@torch.no_grad()
+def _add_image(sums: _Sums, pairs: list, sample: Any, look: bool) -> None:
+    "Count one photograph; `look`: also at its attention"
+    clock = sums.clock
+    keys = positive_classes(sample.label, pairs[0].num_classes, f"image {sample.id}").to(sums.device)  # (n,)
+    gt = torch.from_numpy(sample.mask).to(sums.device)                       # (H,W)
+    x = view(sample.image, 1., pairs[0].stride).to(sums.device)              # (1,3,H,W)
+    clock("view")
+    cams, attn, logits = shared_maps(pairs, x)
+    clock("networks")
+    index, seen = torch.cat([keys.new_zeros(1), keys + 1]), []               # (1+n,) background and the classes
+    for b, (mean, summed) in enumerate(block_means(attn)):
+        maps = stacked_points(cams, mean, keys, sums.plan.points, summed)    # (P,S,n,h,w)
+        clock("maps")
+        seen.append(_count(sums, b, maps, keys, gt, index))
+        clock("count")
+    _keep(sums, sample, logits, index, seen, math.prod(cams.shape[-2:]))
+    if look: _look(sums, attn, sample, cams.shape[-2:])
+    clock("why")
 
 # %% ../nbs/13e_voc.ipynb #45100c64
 def _arrays(sums: _Sums) -> dict[str, np.ndarray]:
@@ -246,23 +267,27 @@ class Source(NamedTuple):
     files: tuple = ()             # trained networks, one per training seed: the pair, or its CNN branch (`save_network(..., branch="cnn")`)
     vit_file: str = ""            # a tuned ViT instead of the frozen one; of `save_network(..., branch="vit")`
 
-    def pairs(self, device: Any = "cpu") -> list[TwoBranch]:
-        "The pairs, one per trained CNN, with one ViT"
-        if len(self.files) > 1 and network_name(self.network).kind != "pair": raise ValueError(f"every training seed of {self.network} has an attention of its own: give one file of weights at a time")
-        made = [build_network(self.network, self.num_classes, cnn_weights=self.cnn_weights, vit_weights=self.vit_weights, weights=f, seed=0) for f in self.files]
-        if self.vit_file: load_network(made[0], self.vit_file)
-        for p in made[1:]: p.vit = made[0].vit
-        return [p.to(device).eval().requires_grad_(False) for p in made]
+# %% ../nbs/13e_voc.ipynb #c4f3c63a
+@patch
+def pairs(self: Source, device: Any = "cpu") -> list[TwoBranch]:
+    "The pairs, one per trained CNN, with one ViT"
+    if len(self.files) > 1 and network_name(self.network).kind != "pair": raise ValueError(f"every training seed of {self.network} has an attention of its own: give one file of weights at a time")
+    made = [build_network(self.network, self.num_classes, cnn_weights=self.cnn_weights, vit_weights=self.vit_weights, weights=f, seed=0) for f in self.files]
+    if self.vit_file: load_network(made[0], self.vit_file)
+    for p in made[1:]: p.vit = made[0].vit
+    return [p.to(device).eval().requires_grad_(False) for p in made]
 
-    @property
-    def stride(self) -> int:
-        "Pixels per token, without any weights"
-        return int(build_network(self.network, self.num_classes).stride)
+# %% ../nbs/13e_voc.ipynb #89a1b566
+@patch(as_prop=True)
+def stride(self: Source) -> int:
+    "Pixels per token, without any weights"
+    return int(build_network(self.network, self.num_classes).stride)
 
-    def prints(self) -> dict:
-        "What decides the outcome: names, and checksums of all files"
-        sha = lambda f: file_sha256(f) if f else ""
-        return dict(network=self.network, num_classes=self.num_classes, cnn=sha(self.cnn_weights), vit=sha(self.vit_file or self.vit_weights), files=[sha(f) for f in self.files])
+@patch
+def prints(self: Source) -> dict:
+    "What decides the outcome: names, and checksums of all files"
+    sha = lambda f: file_sha256(f) if f else ""
+    return dict(network=self.network, num_classes=self.num_classes, cnn=sha(self.cnn_weights), vit=sha(self.vit_file or self.vit_weights), files=[sha(f) for f in self.files])
 
 # %% ../nbs/13e_voc.ipynb #ef0c5263
 _job: dict = {}  # what a worker process was started with
@@ -305,16 +330,19 @@ class Workers:
         if self.pool: self.pool.shutdown(cancel_futures=True)
         _job.clear()
 
-    def run(self, jobs: list[tuple]):
-        "The CPU seconds of each job as it ends; an error in any process is raised here"
-        if self.pool is None: yield from (_chunk(*j) for j in jobs)
-        else: yield from (f.result() for f in as_completed([self.pool.submit(_chunk, *j) for j in jobs]))
+# %% ../nbs/13e_voc.ipynb #86fa9c6b
+@patch
+def run(self: Workers, jobs: list[tuple]):
+    "The CPU seconds of each job as it ends; an error in any process is raised here"
+    if self.pool is None: yield from (_chunk(*j) for j in jobs)
+    else: yield from (f.result() for f in as_completed([self.pool.submit(_chunk, *j) for j in jobs]))
 
 # %% ../nbs/13e_voc.ipynb #1aa704b3
 def _files(ds: Any, i: int) -> tuple:
     "Photograph and mask of an item, also of a part of a data set"
     return _files(ds.ds, ds.indices[i]) if isinstance(ds, Subset) else (ds.image_path(i), ds.mask_path(i))
 
+# %% ../nbs/13e_voc.ipynb #104fb536
 def check_photographs(
     ds: Any,       # photographs with masks
     plan: Plan,    # what is asked of them
@@ -344,6 +372,7 @@ def _parts(workers: Workers, ds: Any, work: str | Path, at: Any, chunk: int, tit
     folder = Path(work) / f"{title}-{_name(workers, ds, at, chunk)}"
     return {folder / f"{a:05d}.npz": list(range(a, min(a + chunk, len(ds)))) for a in range(0, len(ds), chunk)}
 
+# %% ../nbs/13e_voc.ipynb #1470f974
 def count_list(
     workers: Workers,               # with the networks, open
     ds: Any,                        # photographs with masks and labels
@@ -456,12 +485,20 @@ def ledger(
     found: list[Counts],  # from `load_counts`
 ) -> list[dict]:          # branch, network, weights, saw
     "What each part of the measurement was told, and on which photographs: belongs to every number"
-    about, lists = found[0].about, list(dict.fromkeys((c.split, int(c.arrays["images"])) for c in found))
-    names, saw, trained = about["network"].split("+"), about.get("saw", {}), about["source"].get("files", [""])[0]
+    about, names = found[0].about, found[0].about["network"].split("+")
+    source, saw = about["source"], about.get("saw", {})
+    trained = source.get("files", [""])[0]
     branches = ("CNN (class maps)", "ViT (attention)") if len(names) > 1 else ("one network",)
-    rows = [dict(branch=b, network=n, weights=(about["source"][w] or trained)[:12], saw=saw.get(w) or "not said") for b, n, w in zip(branches, names, ("cnn", "vit"))]
+    rows = [dict(branch=b, network=n, weights=(source[w] or trained)[:12], saw=saw.get(w) or "not said") for b, n, w in zip(branches, names, ("cnn", "vit"))]
+    lists = dict.fromkeys((c.split, int(c.arrays["images"])) for c in found)
     told = ["image labels, for training the CNN; masks, for the scores and the oracle threshold", "masks, for thresholds, k, T and blocks"]
     return rows + [dict(branch=f"list {name}", network="", weights="", saw=f"{n} photographs: {t}") for (name, n), t in zip(lists, told)]
+
+# %% ../nbs/13e_voc.ipynb #d567985f
+def _errors(tp: int, pred: int, gt: int) -> dict:
+    "FP, FN and IoU as fractions of the union, and the pixels themselves"
+    fp, fn, union = pred - tp, gt - tp, gt + pred - tp
+    return dict(fp=fp / union, fn=fn / union, iou=tp / union, fp_pixels=fp, fn_pixels=fn, gt_pixels=gt)
 
 # %% ../nbs/13e_voc.ipynb #c6f116c1
 def photograph_rows(
@@ -472,11 +509,10 @@ def photograph_rows(
     a, classes, rows = c.arrays, c.about["classes"], []
     if "each_tp" not in a: raise ValueError(f"the counts of {c.state} {c.split} hold no single photographs; those of the list that was counted second do")
     for i, k in zip(*np.nonzero((a["each_labels"] > 0) & (a["each_gt"][:, 1:] > 0))):
-        tp, pred, gt = a["each_tp"][i, ..., network, k + 1], a["each_pred"][i, ..., network, k + 1], int(a["each_gt"][i, k + 1])  # (B,R) each
+        tp, pred = (a[n][i, ..., network, k + 1] for n in ("each_tp", "each_pred"))  # (B,R) each
+        gt, named = int(a["each_gt"][i, k + 1]), dict(image=str(a["each_ids"][i]), cls=classes[k])
         for (b, r), t in np.ndenumerate(tp):
-            union = gt + int(pred[b, r]) - int(t)
-            rows.append(dict(image=str(a["each_ids"][i]), cls=classes[k], blocks=BLOCKS[b], **c.plan.shown[r]._asdict(), fp=(int(pred[b, r]) - int(t)) / union, fn=(gt - int(t)) / union,
-                             iou=int(t) / union, fp_pixels=int(pred[b, r]) - int(t), fn_pixels=gt - int(t), gt_pixels=gt))
+            rows.append(named | dict(blocks=BLOCKS[b], **c.plan.shown[r]._asdict(), **_errors(int(t), int(pred[b, r]), gt)))
     return rows
 
 # %% ../nbs/13e_voc.ipynb #1175a4e0
@@ -578,6 +614,7 @@ def spread_part(
     "So many items, evenly spread over the data set"
     return Subset(ds, np.linspace(0, len(ds) - 1, n).astype(int)) if 0 < n < len(ds) else ds
 
+# %% ../nbs/13e_voc.ipynb #42253544
 def _left(workers: Workers, lists: dict, work: Path, chunk: int) -> dict[str, list[int]]:
     "Photographs of each list whose chunk is still to be counted"
     (report, choose), left = lists, {}
@@ -603,6 +640,7 @@ def counting_seconds(
     tried = probe.tokens[[i for i, _ in probe.tried]]
     return float(predicted(probe.tokens[todo], law(tried, np.array(spent))).sum())
 
+# %% ../nbs/13e_voc.ipynb #d3621b97
 def training_seconds(
     source: Source,          # networks to start from
     ds: Any,                 # images and labels
@@ -621,6 +659,7 @@ class Measured(NamedTuple):
     folder: Path            # of counts, for `load_counts`
     source: Source | None   # the networks; None where the counts come from elsewhere
 
+# %% ../nbs/13e_voc.ipynb #17b29c28
 def _trained(source: Source, ds: Any, seeds: list, work: Path, device: str, changes: dict) -> Source:
     "The source with a trained CNN branch per seed; says beforehand what training costs"
     if network_name(source.network).kind != "pair": raise ValueError(f"{source.network} is not trained here: adcam train --network {source.network} --data FOLDER --out RUN, then weights=RUN/weights.safetensors")
@@ -631,6 +670,29 @@ def _trained(source: Source, ds: Any, seeds: list, work: Path, device: str, chan
     if todo: print(f"training the CNN of {len(todo)} seed{'s' * (len(todo) > 1)} on {len(ds)} photographs: about {duration(len(todo) * training_seconds(source, ds, config, device))}", flush=True)
     for s, f in todo: train_one(source, ds, f, replace(config, seed=s), "cnn", device)
     return source._replace(files=tuple(map(str, files)))
+
+# %% ../nbs/13e_voc.ipynb #5107333b
+def _asked(lists: str, weights: str, network: str) -> tuple[list, tuple, str]:
+    "Names of both lists, files of networks, name of the network"
+    files, names = tuple(f.strip() for f in weights.split(",") if f.strip()), [n.strip() for n in lists.split(",")]
+    if len(names) != 2: raise ValueError(f"lists is {lists!r}; name the list that is reported and the one that chooses thresholds, such as val,train_2007")
+    network = network or (network_settings(files[0]).get("network", "") if files else "")
+    if not network: raise ValueError("which network? give network=CNN+VIT, or weights that say it (of adcam train --network CNN+VIT)")
+    return names, files, network
+
+def _counts_folder(work: Path, source: Source, plan: Plan, parts: dict) -> Path:
+    "Where the counts of these networks and photographs go"
+    told = json.dumps([source.prints(), asdict(plan), {n: ds.fingerprint() for n, ds in parts.items()}], sort_keys=True)
+    return work / f"counts-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
+
+# %% ../nbs/13e_voc.ipynb #b3197790
+def _tell(source: Source, plan: Plan, parts: dict, work: Path, chunk: int, processes: int, where: str) -> None:
+    "Say what counting the rest will cost"
+    with Workers(source, plan, 1, where) as one:
+        left = _left(one, parts, work, chunk)
+        if not (n := sum(map(len, left.values()))): return
+        seconds = sum(counting_seconds(one, parts[p], i) for p, i in left.items() if i) / processes
+        print(f"counting {n:,} of {sum(map(len, parts.values())):,} photographs: about {duration(seconds)}", flush=True)
 
 # %% ../nbs/13e_voc.ipynb #64321487
 def count_photographs(
@@ -651,22 +713,15 @@ def count_photographs(
     **changes,                       # of `recipe`, for training
 ) -> Measured:                        # counts and networks
     "Photographs to counts: says what it will cost, goes on where it was stopped, trains what is not given."
-    files, names = tuple(f.strip() for f in weights.split(",") if f.strip()), [n.strip() for n in lists.split(",")]
-    if len(names) != 2: raise ValueError(f"lists is {lists!r}; name the list that is reported and the one that chooses thresholds, such as val,train_2007")
-    network = network or (network_settings(files[0]).get("network", "") if files else "")
-    if not network: raise ValueError("which network? give network=CNN+VIT, or weights that say it (of adcam train --network CNN+VIT)")
-    parts, where = {n: spread_part(VOCFolder(data, n), limit) for n in names}, pick_device(device).type
+    names, files, network = _asked(lists, weights, network)
+    parts, where, work = {n: spread_part(VOCFolder(data, n), limit) for n in names}, pick_device(device).type, Path(work or cache_dir() / "voc")
     source = Source(network, len(parts[names[0]].classes), cnn_weights, vit_weights, files)
     for ds in parts.values(): check_photographs(ds, plan, source.stride)
-    work = Path(work or cache_dir() / "voc")
     seeds = list(range(len(files))) if files else list(seeds)
     if not files: source = _trained(source, parts[names[0]], seeds, work, where, changes)
-    told = json.dumps([source.prints(), asdict(plan), {n: ds.fingerprint() for n, ds in parts.items()}], sort_keys=True)
-    out, who = work / f"counts-{hashlib.sha256(told.encode()).hexdigest()[:16]}", [w.strip() for w in (saw + ";").split(";")]
+    out, who = _counts_folder(work, source, plan, parts), [w.strip() for w in (saw + ";").split(";")]
     about = dict(saw=dict(cnn=who[0], vit=who[1]), machine=dict(device=where, processes=processes))
-    with Workers(source, plan, 1, where) as one:
-        left = _left(one, parts, work, chunk)
-        if n := sum(map(len, left.values())): print(f"counting {n:,} of {sum(map(len, parts.values())):,} photographs: about {duration(sum(counting_seconds(one, parts[p], i) for p, i in left.items() if i) / processes)}", flush=True)
+    _tell(source, plan, parts, work, chunk, processes, where)
     with Workers(source, plan, processes, where) as workers: count_both(workers, parts, work, out, seeds, about=about, chunk=chunk)
     return Measured(out, source)
 
@@ -688,9 +743,14 @@ def counts_for(
     plan = Plan(ks=tuple(n for n in Plan.ks if n <= most) or (k,), k=k, T=settings.get("T", Plan.T))
     return count_photographs(data, **given, seeds=settings.get("seeds") or [settings["seed"]], plan=plan)
 
+# %% ../nbs/13e_voc.ipynb #20d8d79d
+_OF_SCENES = ("checkpoints", "n_train", "n_val", "n_test", "n_why", "n_heads", "rows", "segmented", "pretrainings", "irn_epochs", "irn_batch", "irn_crop", "irn_scale", "irn_radius", "seg_iterations")
+
 def file_names(
     settings: dict,   # parameters of a figure notebook
-) -> dict:            # the same, without places on this machine
+) -> dict:            # the same, without places on this machine and, of photographs, without those that only Scenes have
     "Parameters as results keep them"
     names = lambda v: ",".join(Path(f.strip()).name for f in str(v).split(","))
-    return settings | {n: names(settings[n]) for n in ("data", "counts", "weights", "cnn_weights", "vit_weights") if settings.get(n)}
+    photos = settings.get("counts") or settings.get("data")
+    kept = {n: v for n, v in settings.items() if not (photos and n in _OF_SCENES)}
+    return kept | {n: names(kept[n]) for n in ("data", "counts", "weights", "cnn_weights", "vit_weights") if kept.get(n)}

@@ -1,4 +1,20 @@
-// Three things that the theme leaves out. Nothing is loaded, nothing is stored.
+// Four things that the theme leaves out. Nothing is loaded, nothing is stored.
+
+// a snippet of the search shows a short formula as plain text and a long one as "…", neither as TeX
+if (typeof Search !== "undefined") {
+  const signs = { cdot: "·", times: "×", le: "≤", ge: "≥", in: "∈" }, fonts = /\\(?:boldsymbol|mathbf|mathrm|mathcal|text)(?![a-zA-Z])\s*/g;
+  const plain = (tex) => tex.trim().replace(/^\\[([]|\\[)\]]$/g, "").replace(fonts, "").replace(/\\(cdot|times|le|ge|in)(?![a-zA-Z])/g, (_, s) => signs[s]).replace(/[{}]/g, "");
+  const whole = Search.htmlToText;
+  Search.htmlToText = (html, anchor) => {
+    const page = new DOMParser().parseFromString(html, "text/html");
+    for (const math of page.querySelectorAll(".math")) {
+      const text = plain(math.textContent);
+      math.textContent = text.includes("\\") || text.length > 24 ? "…" : text;
+    }
+    return whole(page.documentElement.outerHTML, anchor);
+  };
+}
+
 window.addEventListener("load", () => {
   // the navigation shows where one is
   const here = document.querySelector(".sidebar-tree .current-page"), pane = document.querySelector(".sidebar-scroll");

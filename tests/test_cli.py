@@ -220,6 +220,7 @@ def test_explain_knows_the_classes_of_a_trained_pair(run, photos, album, tmp_pat
     words = ["explain", album / "a.png", "--weights", tmp_path / "heads/weights.safetensors", "--size", 96, "--out", tmp_path / "o.png"]
     code, out, _ = run(*words, "--classes", "bird,dog")
     assert code == 0 and "class 2 bird" in out and "class 11 dog" in out
+    assert "cnn weights: weights.safetensors sha256" in out and "started from random" in out and "are random: the maps" not in out
     code, _, err = run(*words, "--classes", "tabby")
     assert code == 2 and "among the 20 of this network" in err
 

@@ -9,7 +9,7 @@ from pycocotools import mask as rle
 from torch.utils.data import DataLoader
 
 from adcam import data
-from adcam.data import (COCO_CLASSES, COCO_COUNTS, VOC_CLASSES, VOC_COUNTS, COCO2014, Folder, Skipped, Subset, TrainViews, VOCFolder, coco2014, coco_label,
+from adcam.data import (COCO_CLASSES, COCO_COUNTS, KINDS, VOC_CLASSES, VOC_COUNTS, COCO2014, Folder, Skipped, Subset, TrainViews, VOCFolder, coco2014, coco_label,
                         coco_mask, folder, imagenet_normalize, label_of, labelled, open_data, random_crop, random_flip, random_resize_long, random_view,
                         read_coco, read_image, read_list, read_mask, skipped_report, to_chw, to_tensor, usable, voc2012, voc_root, weak_of)
 from adcam.scenes import Sample, Scenes, write_voc
@@ -590,6 +590,18 @@ def test_open_data_knows_voc_from_any_of_its_folders(voc):
     assert type(open_data(str(voc), "train")) is VOCFolder and len(open_data(f"voc:{voc}", "val")) == 4
     assert open_data(str(voc.parent), "train", strict=False).has_labels
     assert not open_data(f"voc2012:{voc.parent.parent}", "test", strict=False).has_labels
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_folder_may_be_called_like_a_kind(own, tmp_path, monkeypatch, kind):
+    own.rename(tmp_path/kind)
+    monkeypatch.chdir(tmp_path)
+    assert open_data(kind).ids == open_data(f"folder:{kind}").ids == IDS
+
+
+def test_a_kind_without_a_folder_is_not_this_folder(own, monkeypatch):
+    monkeypatch.chdir(own)
+    with pytest.raises(ValueError, match="folder: names no folder; write folder:DIR"): open_data("folder:")
 
 
 def test_open_data_says_what_it_cannot_open(own, voc):

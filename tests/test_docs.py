@@ -157,6 +157,14 @@ def page(browser, address, request):
 
 @needs_sphinx
 @needs_browser
+def test_what_the_search_quotes_is_no_tex(page, address):
+    page.goto(address + "search.html?q=co-neighbor")
+    page.wait_for_function("[...document.querySelectorAll('#search-results p.context')].some(p => p.innerText.includes('S_ij'))")
+    assert not [t for t in page.locator("#search-results p.context").all_inner_texts() if "\\(" in t or "\\boldsymbol" in t]
+
+
+@needs_sphinx
+@needs_browser
 def test_what_is_pull(page, address):
     "From the landing page: ask, and the first answer defines it"
     page.goto(address + "index.html")

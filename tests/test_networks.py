@@ -35,6 +35,14 @@ def test_a_file_opens_without_being_told_what_it_is(pair, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(pair.state_dict().values(), again.state_dict().values()))
 
 
+@pytest.mark.parametrize("branch, of", [("all", {"cnn", "vit"}), ("cnn", {"cnn"})])
+def test_a_trained_file_is_what_the_weights_came_from(pair, tmp_path, branch, of):
+    file = save_network(pair, tmp_path / "trained.safetensors", PAIR, branch)
+    again = open_network(file)
+    assert again.trained.keys() == of and again.trained["cnn"]["source"] == "trained.safetensors"
+    assert again.weights == pair.weights, "what they started from is not forgotten"
+
+
 def test_a_trained_cnn_is_refused_beside_another_vit(pair, tmp_path):
     import timm
     from safetensors.torch import save_file
@@ -123,6 +131,30 @@ def test_seeds_of_a_pair_are_scored_like_any(files, trained, capsys):
     assert "2 images" in capsys.readouterr().out
 
 
+def test_an_id_without_a_photograph_is_left_out_and_named(files, trained, tmp_path, capsys):
+    import shutil
+    shutil.copytree(files / "photos", tmp_path / "photos")
+    with (tmp_path / "photos/ImageSets/Segmentation/train.txt").open("a") as f: f.write("ghost\n")
+    assert adcam("seeds", "--data", tmp_path / "photos", "--weights", trained, "--out", tmp_path / "seeds", "-k", 4, "--scales", 1, "--no-flip") == 1
+    assert "ghost: image ghost has no label: it is not in ImageSets/labels.csv" in capsys.readouterr().err
+    assert len(list((tmp_path / "seeds").glob("*.npz"))) == 2
+
+
+@pytest.mark.parametrize("how", ["gray", "turned"])
+def test_gray_and_turned_photographs_have_seeds(files, trained, tmp_path, how):
+    "Gray becomes three equal channels; a VOC folder is read as it is stored, as its masks are, whatever the EXIF tag says"
+    import shutil
+    from adcam.seeds import load_seed
+    from PIL import Image
+    shutil.copytree(files / "photos", tmp_path / "photos")
+    path, exif = sorted((tmp_path / "photos/JPEGImages").glob("train_*.jpg"))[0], Image.Exif()
+    photo = Image.open(path).crop((0, 0, 96, 64))
+    exif[274] = 6
+    photo.convert("L").save(path) if how == "gray" else photo.save(path, exif=exif)
+    assert adcam("seeds", "--data", tmp_path / "photos", "--weights", trained, "--out", tmp_path / "seeds", "-k", 4, "--scales", 1, "--no-flip") == 0
+    assert load_seed(tmp_path / f"seeds/{path.stem}.npz").high_res.shape[1:] == (64, 96)
+
+
 def test_a_pair_learns_its_heads(files, named):
     assert adcam("train-heads", "--data", files / "photos", *named, "--out", files / "heads") == 0
     assert open_network(files / "heads/weights.safetensors").num_classes == 10
@@ -139,7 +171,7 @@ def test_start_belongs_to_a_conformer(files, named, trained, capsys):
 
 
 def test_boundaries_stand_on_the_cnn_of_the_pair(files, named, trained):
-    data, pair = ["--data", files / "photos"], named[:4]
+    data, pair = ["--data", files / "photos"], named
     assert adcam("irnet", "labels", files / "seeds", files / "labels", *data, "--processes", 1) == 0
     assert adcam("irnet", "train", files / "labels", files / "irnet", *data, *pair, "--epochs", 1, "--batch", 2, "--crop", 64, "--radius", 3) == 0
     assert adcam("irnet", "masks", files / "seeds", files / "masks", *data, *pair, "--weights", files / "irnet/irnet.safetensors", "--processes", 1) == 0
@@ -152,9 +184,18 @@ def test_weights_of_a_backbone_need_its_name(files, trained, capsys):
     assert "--network" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", [("irnet", "train", "a", "b"), ("irnet", "masks", "a", "b"), ("segment", "train", "--out", "a"),
+                                   ("segment", "predict", "--out", "a", "--weights", "b")])
+def test_weights_of_a_vit_need_a_pair_on_the_command_line(files, capsys, words):
+    assert adcam(*words, "--network", "test_resnet", "--vit-weights", files / "vit.safetensors") == 2
+    assert "--vit-weights belongs to a pair" in capsys.readouterr().err
+    assert adcam(*words, "--network", PAIR, "--vit-weights", files / "none.safetensors") == 2
+    assert "no weights" in capsys.readouterr().err
+
+
 def test_segmentation_stands_on_the_cnn_of_the_pair(files, named):
-    data, pair = ["--data", files / "photos"], named[:2]
-    assert adcam("segment", "train", *data, *named[:4], "--out", files / "seg", "--iterations", 1, "--batch", 2, "--set", "crop=65",
+    data, pair = ["--data", files / "photos"], named
+    assert adcam("segment", "train", *data, *pair, "--out", files / "seg", "--iterations", 1, "--batch", 2, "--set", "crop=65",
                  "--set", "accumulate=1") == 0
     assert adcam("segment", "predict", *data, *pair, "--weights", files / "seg/weights.safetensors", "--out", files / "pred", "--no-crf", "--processes", 1) == 0
     assert len(list((files / "pred").glob("*.png"))) == 2

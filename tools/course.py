@@ -6,7 +6,8 @@
     python tools/course.py slides OUT --reveal DIR --mathjax DIR
 
 In a lesson, what stands between `# solution: BLANK` and `# end` becomes BLANK (several lines are separated by ` | `). Cells tagged
-`wrong`, cells that are exported into adcam.course, and hidden cells are left out; the checks are imported instead.
+`wrong`, cells that are exported into adcam.course, and hidden cells are left out; the checks are imported instead. Text tagged
+`wrong` is for the teacher: it becomes a speaker's note of the slides.
 """
 import argparse
 import ast
@@ -147,7 +148,8 @@ def slide_types(cells: list[dict]) -> list[dict]:
     for cell in cells:
         if cell["cell_type"] == "markdown":
             cell = dict(cell, source=re.sub(r"\[([^\]]*)\]\([^)]*\.ipynb[^)]*\)", r"\1", source(cell)))  # no notebook lies beside a deck
-            parts = [(t, "slide" if t.startswith(("#", "**After these")) else "-") for t in re.split(r"^(?=##? )", source(cell), flags=re.M) if t.strip()]
+            parts = [(source(cell), "notes")] if "wrong" in tags(cell) else [
+                (t, "slide" if t.startswith(("#", "**After these")) else "-") for t in re.split(r"^(?=##? )", source(cell), flags=re.M) if t.strip()]
         elif "exercise" in tags(cell): parts = [(blanked(source(cell)), "-")]
         else:  # a check's picture would give the answer away
             parts = [(source(cell), "-" if is_kept(cell) and cell.get("outputs") and "check" not in tags(cell) else "skip")]

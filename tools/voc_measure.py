@@ -64,6 +64,7 @@ def options(argv=None):
     p.add_argument("--rows", type=int, default=4, help="how many rows of Table 1: CAM, AD-CAM pull, Att-Diffu pull, AD-CAM push, TransCAM, TS-CAM, AD-CAM pull and push at the k that the other list prefers")
     p.add_argument("--every", type=int, default=4, help="an IR label for every so many photographs")
     p.add_argument("--irn-epochs", type=int, default=6, help="passes of the boundary network over its labels")
+    p.add_argument("--seg-rows", type=int, default=4, help="how many of them train a segmentation network; the ground truth is added")
     p.add_argument("--seg-iterations", type=int, default=1200, help="steps of each segmentation network")
     p.add_argument("--few", default="100,60", help="photographs of the two lists for the slow rows of `baselines`")
     p.add_argument("--more", default="300,200", help="the same for its quick rows")
@@ -184,7 +185,7 @@ def segment(a, source, plan, lists, recipe, log):
     gpu = a.device != "cpu"
     changes = dict(iterations=a.seg_iterations, batch=16, accumulate=1, crop=257, optimizer="adamw", lr=3e-5, update=1, check=10**6,  # SGD at 1e-3 diverges on Lite0
                    mixed_precision="bf16" if gpu else "fp32", workers=3 if gpu else 0) | recipe | a.seg
-    calls = [(source, {n: lists[n] for n in a.lists}, work, r.folder, best[r.folder], changes, a.device) for r in rows if r.folder in best]
+    calls = [(source, {n: lists[n] for n in a.lists}, work, r.folder, best[r.folder], changes, a.device) for r in rows[:a.seg_rows] if r.folder in best]
     done = together(a, voc_masks.segment, [(*calls[0][:3], "truth", None, *calls[0][5:]), *calls])
     log.add("segment", began, networks=[{k: v for k, v in d.items() if k != "confusion"} for d in done], settings=changes, machine=machine(a))
     write_masks(a, rows, log)

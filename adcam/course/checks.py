@@ -55,11 +55,13 @@ def expect(
 # %% ../../nbs/course/checks.ipynb #a6def746
 BLANK = "still empty: replace every `...` in {}"
 
+# %% ../../nbs/course/checks.ipynb #c0f3f972
 def _copy(x):
     if isinstance(x, Tensor): return x if x.requires_grad else x.clone()
     if isinstance(x, dict): return {k: _copy(v) for k, v in x.items()}
     return [_copy(v) for v in x] if isinstance(x, list) else x.copy() if isinstance(x, np.ndarray) else x
 
+# %% ../../nbs/course/checks.ipynb #9ba31edd
 def _unlike(a, b):
     "Has `b` been changed since it was copied from `a`?"
     if isinstance(a, Tensor): return a.shape != b.shape or not torch.equal(a, b)
@@ -68,12 +70,29 @@ def _unlike(a, b):
     if isinstance(a, list): return len(a) != len(b) or any(map(_unlike, a, b))
     return isinstance(a, (int, float, str)) and a != b
 
+# %% ../../nbs/course/checks.ipynb #6bd2f512
 def _where(f, error):
     "The line of the student's code where an error came up"
     file = getattr(getattr(f, "__code__", None), "co_filename", None)
     lines = [s.lineno for s in traceback.extract_tb(error.__traceback__) if s.filename == file]
     text = linecache.getline(file, lines[-1]).strip() if lines else ""
     return f" in the line `{text}`" if text else ""
+
+# %% ../../nbs/course/checks.ipynb #72bc5cf4
+def _first_line(error): return (str(error).strip().splitlines() or ["(no message)"])[0][:200]
+
+def _article(x):
+    kind = type(x).__name__
+    return f"a{'n' if kind[0] in 'aeiou' else ''} {kind}"
+
+# %% ../../nbs/course/checks.ipynb #cbfccf67
+def _expect_untouched(f: Callable, name: str, args: tuple, given: list) -> None:
+    "Raise `Wrong` for an argument that the call has changed"
+    known = f.__code__.co_varnames[:f.__code__.co_argcount] if hasattr(f, "__code__") else ()
+    for i, (before, after) in enumerate(zip(args, given)):
+        if _unlike(before, after):
+            what = f"`{known[i]}`" if i < len(known) else f"number {i + 1}"
+            raise Wrong(f"{name} writes into its argument {what}, and the notebook's own {what} would change with it: make a new one")
 
 # %% ../../nbs/course/checks.ipynb #0f2c73dd
 def ask(
@@ -91,11 +110,7 @@ def ask(
         raise Stopped(f"{name} stops with {type(error).__name__}{_where(f, error)}: {_first_line(error)}") from None
     if got is ... or isinstance(got, (tuple, list)) and any(x is ... for x in got): raise Empty(BLANK.format(name))
     if got is None: raise Wrong(f"{name} returns None: is its `return` missing?")
-    known = f.__code__.co_varnames[:f.__code__.co_argcount] if hasattr(f, "__code__") else ()
-    for i, (before, after) in enumerate(zip(args, given)):
-        if _unlike(before, after):
-            what = f"`{known[i]}`" if i < len(known) else f"number {i + 1}"
-            raise Wrong(f"{name} writes into its argument {what}, and the notebook's own {what} would change with it: make a new one")
+    _expect_untouched(f, name, args, given)
     return got
 
 # %% ../../nbs/course/checks.ipynb #e110db5d
@@ -106,11 +121,7 @@ def is_blank(
     try: return bool(re.search(r"(^ *|= |: )\.\.\. *# your code", inspect.getsource(f), re.M))
     except (TypeError, OSError, IndentationError, SyntaxError): return False  # no function, or typed in where no text is kept
 
-# %% ../../nbs/course/checks.ipynb #72bc5cf4
-def _article(x):
-    kind = type(x).__name__
-    return f"a{'n' if kind[0] in 'aeiou' else ''} {kind}"
-
+# %% ../../nbs/course/checks.ipynb #27da1237
 def _borrowed(f):
     "Data of the notebook that a function reads although they are not among its arguments, in words"
     names, codes = set(), [c for c in [getattr(f, "__code__", None)] if c]
@@ -121,8 +132,6 @@ def _borrowed(f):
     data = {n: f.__globals__[n] for n in sorted(names & f.__globals__.keys())} if names else {}
     found = [n for n, v in data.items() if isinstance(v, nn.Module) or not callable(v) and not inspect.ismodule(v)]
     return f" (it uses {', '.join(f'`{n}`' for n in found)} of the notebook; was an argument meant?)" if found else ""
-
-def _first_line(error): return (str(error).strip().splitlines() or ["(no message)"])[0][:200]
 
 # %% ../../nbs/course/checks.ipynb #1f400961
 def tensor(
@@ -157,6 +166,7 @@ def number(
     "An answer as one finite number. Raises `Empty` and `Wrong`"
     return as_tensor(got, ()).item()
 
+# %% ../../nbs/course/checks.ipynb #6288be4e
 def near(
     a: Any,            # tensor or number
     b: Any,            # tensor or number of the same shape
