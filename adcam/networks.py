@@ -169,6 +169,9 @@ def _load_pair(net: TwoBranch, path: Path, state: dict, told: dict) -> TwoBranch
     odd = sorted(own.keys() ^ state.keys()) + sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape)
     if odd: raise ValueError(f"{path} does not fit {here} with {net.num_classes} classes in {len(odd)} tensors, e.g. {', '.join(odd[:3])}; give a file of the same pair and classes")
     net.load_state_dict(state, strict=not other)
+    for b in (branch,) if other else ("cnn", "vit"):
+        if told: net.weights[b] = told["start"][b]
+        net.came_from(path, (b,))
     return net
 
 # %% ../nbs/09h_networks.ipynb #a4345454
