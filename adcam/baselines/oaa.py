@@ -276,6 +276,7 @@ class IntegralTask(nn.Module):
 # %% ../../nbs/09g_oaa.ipynb #414f4b00
 @patch
 def optimizer(self: IntegralTask, config: IntegralConfig, total: int) -> PolySGD:
+    "The head learns ten times as fast as the backbone"
     own = [(n.startswith("model.classifier."), p) for n, p in self.named_parameters() if p.requires_grad]
     kinds = ("backbone", False, 1), ("head", True, 10)
     groups = [dict(name=name, lr=config.lr*by, params=[p for is_head, p in own if is_head == want]) for name, want, by in kinds]
