@@ -824,7 +824,7 @@ def train_oaa_command(
     typer.echo(f"classifier: {_fall(history)}")
     _tell_learned(net, ds)
     done = oaa_seeds(ds, out / "maps", out / "seeds")
-    typer.echo(f"{done['computed']} seeds of collected maps: {out / 'seeds'}")
+    typer.echo(f"{done['computed']} new seeds of collected maps: {out / 'seeds'}")
     config = replace(second, **_given(epochs=integral_epochs), **same)
     history = train_integral(net := start(), ds, out / "maps", config, out / "integral", device=device)
     typer.echo(f"OAA+: {_fall(history)}; wrote {save_weights(net, out / 'weights.safetensors')}")

@@ -393,7 +393,7 @@ def segmentation_config(
     **changes,      # fields of `SegConfig` that differ
 ) -> SegConfig:
     "Training settings of a profile: the recipe of its network, with the seg_* fields that were changed"
-    network = "deeplabv2" if "+" in p.segmentation else p.segmentation.replace("_resnet101", "")   # the CNN of a pair has DeepLabV2's head
+    network = "deeplabv2_pair" if "+" in p.segmentation else p.segmentation.replace("_resnet101", "")   # the CNN of a pair has DeepLabV2's head
     base, usual = RECIPES[network if network in RECIPES else f"{network}_{'coco' if p.dataset == 'coco' else 'voc'}"], profiles.get(p.name, p)
     own = {n: getattr(p, f"seg_{n}") for n in ("iterations", "batch", "crop", "scales", "lr", "weight_decay")}
     changed = {n: v for n, v in own.items() if v != getattr(usual, f"seg_{n}")}

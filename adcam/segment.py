@@ -135,6 +135,7 @@ RECIPES: dict[str, SegConfig] = dict(
     deeplabv2_voc=SegConfig(),
     deeplabv2_coco=SegConfig(iterations=100_000, batch=20, lr=2e-4),                                        # ReCAM family, issue LPCAM#3
     deeplabv2_advcam=SegConfig(iterations=30_000, batch=10, accumulate=1, scales=RANGE, balanced=True),     # issue AdvCAM#9
+    deeplabv2_pair=SegConfig(batch=16, accumulate=1, crop=257, optimizer="adamw", lr=3e-5, update=1),          # a CNN of timm: SGD diverges on EfficientNet-Lite0 (13f)
     upernet_voc=SegConfig(iterations=40_000, **_UPERNET),
     upernet_coco=SegConfig(iterations=80_000, **_UPERNET),
     deeplabv2_mini=SegConfig(iterations=400, batch=8, accumulate=1, crop=128, optimizer="adamw", lr=3e-4, update=1, check=400),   # Scenes: two CPU-minutes

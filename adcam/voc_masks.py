@@ -304,7 +304,7 @@ def segment(
     work: str | Path,        # folder of the run
     row: str,                # Row.folder, or "truth"
     background: float | None,# of the pseudo masks; None: ground truth
-    changes: dict,           # fields of `SegConfig` that differ from DeepLabV2's
+    changes: dict,           # fields of `SegConfig` that differ from the recipe of a pair
     device: str = "cpu",     # where
 ) -> dict:                   # row, images, steps, seconds, and the confusion of the second list
     "Train on the masks of the first list, count the predictions of the second"
@@ -316,7 +316,7 @@ def segment(
     learn = ds if background is None else Subset(ds, [i for i, n in enumerate(ds.ids) if n in masks.maps])
     torch.manual_seed(0)
     net = segmentation_network(source, len(ds.classes) + 1)
-    history = train_segmentation(net, learn, masks, replace(RECIPES["deeplabv2_voc"], **changes | dict(batch=min(changes.get("batch", 10), len(learn)))), progress=False, device=device)
+    history = train_segmentation(net, learn, masks, replace(RECIPES["deeplabv2_pair"], **changes | dict(batch=min(changes.get("batch", 16), len(learn)))), progress=False, device=device)
     C = confusions(net, test, (False,))[False]
     told = dict(row=row, images=len(learn), tested=len(test), steps=len(history), seconds=round(time.perf_counter() - began, 1), loss=history[-1]["loss"], confusion=C.tolist())
     atomic_write(path, lambda f: f.write(json.dumps(told).encode()))

@@ -239,6 +239,10 @@ def test_seeds_of_the_watched_images(whole, ds, tmp_path):
     seed, s = load_seed(tmp_path / f"seeds/{ds.ids[3]}.npz"), ds[3]
     assert seed.keys.tolist() == np.flatnonzero(s.label).tolist() and seed.high_res.shape == (len(seed.keys), 48, 48) and seed.cam.shape[1:] == (12, 12)
     assert seed.high_res.min() >= 0 and seed.high_res.max() <= 1
+    (tmp_path / f"seeds/{ds.ids[5]}.npz").unlink()                         # as if it had been stopped before that one
+    before = (tmp_path / f"seeds/{ds.ids[3]}.npz").stat().st_mtime_ns
+    assert oaa_seeds(ds, folder / "maps", tmp_path / "seeds") == dict(computed=1, skipped=[])
+    assert (tmp_path / f"seeds/{ds.ids[3]}.npz").stat().st_mtime_ns == before
     one = oaa_seed(folder / "maps", s)
     np.testing.assert_allclose(one.high_res[0], enlarged(load_attention(folder / "maps", s.id, one.keys[0]).map, (48, 48))/255, atol=1e-6)
     with pytest.raises(FileNotFoundError, match="its last epoch fills"): oaa_seed(tmp_path, s)
@@ -287,7 +291,7 @@ def test_the_command_collects_and_learns(tmp_path, capsys):
         with pytest.raises(SystemExit) as stop: main([*words, *more])
         return stop.value.code or 0, "".join(capsys.readouterr())
     code, text = run()
-    assert code == 0 and "2 seeds of collected maps" in text
+    assert code == 0 and "2 new seeds of collected maps" in text
     assert len(list((tmp_path / "seeds").glob("*.npz"))) == 2
     once = load_cam(resnet_mini(10), tmp_path / "weights.safetensors").state_dict()
     assert run()[0] == 0

@@ -180,14 +180,14 @@ def masks(a, source, plan, lists, recipe, log):
 
 def segment(a, source, plan, lists, recipe, log):
     "A segmentation network per row, and one on the ground truth"
+    from adcam.segment import RECIPES                # needs segmentation_models_pytorch
     began, rows, work = time.perf_counter(), table_rows(a, plan), a.work / "masks"
     best = {n: s.best()["t"] for n, s in voc_masks.walk_counts(work, a.lists[1]).items()}
     gpu = a.device != "cpu"
-    changes = dict(iterations=a.seg_iterations, batch=16, accumulate=1, crop=257, optimizer="adamw", lr=3e-5, update=1, check=10**6,  # SGD at 1e-3 diverges on Lite0
-                   mixed_precision="bf16" if gpu else "fp32", workers=3 if gpu else 0) | recipe | a.seg
+    changes = dict(iterations=a.seg_iterations, check=10**6, mixed_precision="bf16" if gpu else "fp32", workers=3 if gpu else 0) | recipe | a.seg
     calls = [(source, {n: lists[n] for n in a.lists}, work, r.folder, best[r.folder], changes, a.device) for r in rows[:a.seg_rows] if r.folder in best]
     done = together(a, voc_masks.segment, [(*calls[0][:3], "truth", None, *calls[0][5:]), *calls])
-    log.add("segment", began, networks=[{k: v for k, v in d.items() if k != "confusion"} for d in done], settings=changes, machine=machine(a))
+    log.add("segment", began, networks=[{k: v for k, v in d.items() if k != "confusion"} for d in done], settings=asdict(replace(RECIPES["deeplabv2_pair"], **changes)), machine=machine(a))
     write_masks(a, rows, log)
 
 

@@ -222,14 +222,15 @@ def oaa_seeds(
     ds: Any,             # the training images
     folder: str | Path,  # of `Accumulator`
     out: str | Path,     # folder for `<id>.npz` and settings.json, as `adcam.seeds.extract_dataset` writes them
-) -> dict:               # computed: how many; skipped: [(id, reason)]
-    "Seeds of all training images from their accumulated maps"
+) -> dict:               # computed: how many now; skipped: [(id, reason)]
+    "Seeds of all training images from their accumulated maps; those that a stopped run has written stay"
     out, skipped, n = Path(out), [], 0
     made = hashlib.sha256((Path(folder)/"passes.json").read_bytes()).hexdigest()[:16]
     settings, path = dict(method="oaa", data=ds.fingerprint(), maps=made), out/"settings.json"
     if path.exists() and json.loads(path.read_text()) != settings: raise ValueError(f"{out} holds other seeds; choose another folder")
     atomic_write(path, lambda f: f.write(json.dumps(settings, indent=1).encode()))
     for i, name in enumerate(ds.ids):
+        if (out/f"{name}.npz").exists(): continue                             # `made` says that the maps are still the same
         try:
             sample = ds[i]
             if np.asarray(sample.label).any(): save_seed(out/f"{name}.npz", oaa_seed(folder, sample)); n += 1
