@@ -46,7 +46,7 @@ METRICS = {"miou": dict(color="#005493", marker="o", label="mIoU"),  # blue: rig
 # %% ../nbs/00_viz.ipynb #ae7d3e10
 METHODS = {"CAM": "#333333", "CAM (ResNet)": "#888888", "TS-CAM": "#CC79A7", "TransCAM": "#A65628", "Att-Diffu": "#E69F00", "AD-CAM": "#0072B2",
            "ReCAM": "#56B4E9", "AdvCAM": "#D55E00", "RIB": "#009E73", "GETAM": "#7B3294", "ground truth": "#000000",
-           "Score-CAM": "#A6761D", "PCM": "#66A61E", "SEAM": "#E7298A", "OAA": "#BCBD22", "OAA+": "#7570B3", "CAM, PSA": "#17BECF", "CAM + PSA": "#17BECF"}
+           "Score-CAM": "#A6761D", "PCM": "#66A61E", "SEAM": "#E7298A", "OAA": "#BCBD22", "OAA+": "#7570B3", "CAM, PSA": "#17BECF"}
 
 def method_style(
     name: str  # a row of a table: a method, then perhaps "push", "pull", "half", "no stop-gradient" and so on
