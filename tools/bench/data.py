@@ -24,7 +24,7 @@ from adcam.pipeline import provenance, save_result
 from adcam.scenes import Scenes
 
 ROOT = Path(__file__).resolve().parents[2]
-LIMIT = 60  # views per second and core, issue 3
+LIMIT = 60  # views per second and core
 
 
 def write_tree(folder: Path, n: int = 24) -> dict:
