@@ -14,6 +14,9 @@ from adcam.scenes import Scenes
 from adcam.seeds import save_seed
 
 pytestmark = pytest.mark.skipif(not CHROMIUM or importlib.util.find_spec("playwright") is None, reason="needs Chromium and playwright")
+SLOW = """const decode = HTMLImageElement.prototype.decode;
+HTMLImageElement.prototype.decode = async function () { await new Promise(done => setTimeout(done, 100)); return decode.call(this); };"""   # a busy machine
+FRAMES = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done))))"
 DRAWN = "n => { const g = document.querySelectorAll('main canvas')[n], d = g.getContext('2d').getImageData(0, 0, g.width, g.height).data; return [g.width, g.height, ...d]; }"
 
 
@@ -27,6 +30,7 @@ def changed(page, n, before):
     "The card, when it shows something else"
     page.wait_for_function(f"([n, old]) => {{ const a = ({DRAWN})(n); let s = 0; for (let i = 2; i < a.length; i++) s = (31 * s + a[i]) | 0; return s !== old; }}",
                            arg=[n, checksum(before)], timeout=15000)
+    page.evaluate(FRAMES)                                                     # a later key may still wait for its frame
     return pixels(page, n)
 
 
@@ -56,9 +60,10 @@ def test_slider_class_and_views_change_the_pictures(file, ds):
         page.on("request", lambda r: None if r.url.startswith("data:") or r.url == file.as_uri() else asked.append(r.url))
         page.on("pageerror", lambda e: faults.append(str(e)))
         page.on("console", lambda m: faults.append(m.text) if m.type == "error" else None)
+        page.add_init_script(SLOW)
         page.goto(file.as_uri())
-        start = changed(page, 0, np.zeros((96, 96, 3), np.uint8))
-        page.wait_for_function("document.querySelector('figcaption .soft').textContent.includes('IoU')")
+        page.wait_for_function("() => document.querySelector('figcaption .soft').textContent.includes('IoU')")  # written after the first drawing
+        start = pixels(page, 0)
 
         s, image = show.read_shown(ds, 0, file.parent/"seeds", ".npz"), None
         page.locator("#views label", has_text="photograph").click()
