@@ -14,7 +14,9 @@ from concurrent.futures import ProcessPoolExecutor, FIRST_COMPLETED, wait, Futur
 from itertools import islice
 from collections import deque
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from numbers import Integral, Real
+from types import UnionType
+from typing import Any, Callable, NamedTuple, get_args, get_origin
 import numpy as np
 import torch
 import torch.multiprocessing as mp
@@ -46,6 +48,17 @@ def _of_image(f: Callable) -> bool:
     "Does the function want the network and the picture, instead of `Maps`?"
     return next(iter(inspect.signature(f).parameters)) == "model"
 
+# %% ../nbs/08_seeds.ipynb #4b1f6ac2
+_KINDS = {bool: ((bool, np.bool_), "True or False"), int: (Integral, "a whole number"), float: (Real, "a number"), str: (str, "a word"),
+          tuple: ((tuple, list), "a tuple"), type(None): (type(None), "None")}
+
+def _check_kind(method: str, name: str, value: Any, kind: Any) -> None:
+    "Has the option the type that the method names? What is of no plain type is not judged"
+    kinds = [get_origin(k) or k for k in (get_args(kind) if isinstance(kind, UnionType) else [kind])]
+    if not all(k in _KINDS for k in kinds): return
+    if any(isinstance(value, _KINDS[k][0]) and (k is bool or not isinstance(value, bool)) for k in kinds): return
+    raise ValueError(f"method {method!r}: {name} is {value!r}; give {' or '.join(_KINDS[k][1] for k in kinds)}")
+
 # %% ../nbs/08_seeds.ipynb #ad74c93e
 _GIVEN = ("maps", "classes", "model", "image", "keys", "scales", "flip", "size_mode", "others", "name")  # what `extract` hands over itself
 
@@ -53,11 +66,12 @@ def resolve(
     method: str,     # a name of `METHODS`
     options: dict,   # options of that method, e.g. {"k": 50, "steps": 2}
 ) -> Callable:       # the function behind the name
-    "The function of a method. An unknown name, or an option the method does not have, raises `ValueError` naming what there is."
+    "The function of a method. An unknown name, an option the method does not have, or a value of another type than the method names: `ValueError` that says what there is."
     f = _function(method)
     known = [p for p in inspect.signature(f).parameters if p not in _GIVEN]
     wrong = [o for o in options if o not in known]
     if wrong: raise ValueError(f"method {method!r} has no option {wrong[0]!r}; it takes {', '.join(known) or 'none'}")
+    for name, value in options.items(): _check_kind(method, name, value, inspect.signature(f).parameters[name].annotation)
     return f
 
 # %% ../nbs/08_seeds.ipynb #10bd6eb4

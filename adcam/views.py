@@ -21,7 +21,7 @@ from torchvision.transforms.functional import to_pil_image
 from .progress import tqdm
 from .data import to_tensor
 from .files import one_at_a_time
-from .training import EpochBatches, arithmetic, check_numbers, make_accelerator, origin, read_run, settings_of, train_epochs
+from .training import EpochBatches, arithmetic, check_mixed_precision, check_numbers, make_accelerator, origin, precision_name, read_run, settings_of, train_epochs
 
 # %% ../nbs/04b_views.ipynb #d15803e0
 def _span(rng: np.random.Generator, n: int, crop: int) -> tuple[slice, slice]:
@@ -87,13 +87,14 @@ class ViewsConfig:
     jitter: tuple | None = (.3, .3, .3, .1)  # brightness, contrast, saturation, hue
     seed: int = 0                    # of order and views
     workers: int = 0                 # processes that prepare views
+    mixed_precision: str = "fp32"    # one of `adcam.devices.PRECISIONS`; losses stay in float32
 
 # %% ../nbs/04b_views.ipynb #6ebfe5c2
 def _settings(task: nn.Module, views: Views, config: ViewsConfig, source: str, acc: Accelerator) -> dict:
     "What must be the same for a run to be continued"
     code = sorted({"adcam.views", type(task).__module__} - {"__main__"})
-    same = settings_of(config, ("workers",)) | dict(task=type(task).__name__, data=views.ds.fingerprint(), maps=source, processes=acc.num_processes)
-    return json.loads(json.dumps(same | origin(task, acc.device, "fp32", *code)))
+    same = settings_of(config) | dict(task=type(task).__name__, data=views.ds.fingerprint(), maps=source, processes=acc.num_processes)
+    return json.loads(json.dumps(same | origin(task, acc.device, precision_name(config.mixed_precision), *code)))
 
 # %% ../nbs/04b_views.ipynb #0f763278
 @one_at_a_time()
@@ -109,20 +110,19 @@ def fit_views(
     device: str = "auto",          # where it learns, see `adcam.devices.pick_device`; the network stays there
 ) -> list[dict]:                   # a row per step: step, epoch, losses
     "Train on aligned views, resumable to the last bit; several processes by `accelerate launch`"
-    check_numbers(config, above_0=("epochs", "batch", "lr"))
-    acc, out = accelerator or make_accelerator("fp32", device), None if out is None else Path(out)
+    check_numbers(config, above_0=("epochs", "batch", "lr")); check_mixed_precision(config)
+    acc, out = accelerator or make_accelerator(config.mixed_precision, device), None if out is None else Path(out)
     order = EpochBatches(len(views), config.batch, config.seed, acc.process_index, acc.num_processes)
     loader = DataLoader(views, batch_sampler=order, num_workers=config.workers, pin_memory=acc.device.type == "cuda")
     run, total = dict(epoch=0, history=[], settings=_settings(task, views, config, source, acc)), config.epochs*len(loader)
     task.reduce, task.processes = lambda n: acc.reduce(n, "sum"), acc.num_processes
-    optimizer = task.to(acc.device).optimizer(config, total)
-    if resume and out and (out / "last.pt").exists(): run = read_run(acc, out / "last.pt", run, task, optimizer)
-    net = acc.prepare(task)
+    net, optimizer = acc.prepare(task, task.to(acc.device).optimizer(config, total))
+    if resume and out and (out / "last.pt").exists(): run = read_run(acc, out / "last.pt", run, net, optimizer)
     def gradients(batch):
         losses = net(*(v.to(acc.device) for v in batch))
         acc.backward(losses["loss"])
         return losses
-    with (arithmetic(task, "fp32", f"a step of {order.share} views of {config.crop}x{config.crop}", "batch or crop"),
+    with (arithmetic(task, config.mixed_precision, f"a step of {order.share} views of {config.crop}x{config.crop}", "batch or crop"),
           tqdm(total=total, initial=run["epoch"]*len(loader), desc=type(task).__name__, disable=not (progress and acc.is_main_process)) as bar):
         train_epochs(acc, net, optimizer, run, config.epochs, loader, gradients, out=out, begin=lambda epoch: net.train(),
                      bar=bar, remedy=lambda: f"lower lr ({config.lr}), or look for NaN in images and maps")

@@ -145,7 +145,7 @@ def seam_forward(
     x: Tensor,       # (B,3,H,W) normalized pictures
 ) -> tuple[Tensor, Tensor]:  # class maps (B,K,h,w) before the ReLU, PCM's maps (B,K+1,h,w), background first
     "Both maps of a picture"
-    if not hasattr(model, "pcm"): raise ValueError("the network has no PCM head; attach one with add_pcm, train it with train_seam, or use method 'pcm'")
+    if not hasattr(model, "pcm"): raise ValueError("the network has no PCM head; train one (adcam train-seam, in Python train_seam) and give its weights, or take method 'pcm', which needs none")
     cam, (low, middle) = inner_maps(model, x)
     return cam, pcm(winners(cam), model.pcm(x, low, middle, cam.shape[-2:]))
 
