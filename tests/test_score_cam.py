@@ -287,6 +287,13 @@ def test_nan_names_the_picture_and_the_scale(tiny, picture):
         score_cam_views(tiny, picture, [0], name="2007_000032")
 
 
+def test_one_bad_channel_of_the_picture_is_found(tiny, picture, monkeypatch):
+    "The masked pictures give sound scores; only the map itself would be NaN"
+    features = tiny.features
+    monkeypatch.setattr(tiny, "features", lambda x: features(x).index_fill(1, torch.tensor([3]), float("inf")) if len(x) == 1 and x.any() else features(x))
+    with pytest.raises(ValueError, match="features hold NaN or infinity"): score_cam_views(tiny, picture, [0])
+
+
 def test_nan_stops_a_data_set(tmp_path):
     net, ds = resnet_mini(10).eval(), Scenes("val", 1, 48)
     with torch.no_grad(): net.classifier.weight.fill_(float("nan"))
