@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from fastcore.basics import patch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -29,6 +30,13 @@ def _span(rng: np.random.Generator, n: int, crop: int) -> tuple[slice, slice]:
     at, length = int(rng.integers(abs(crop - n) + 1)), min(n, crop)
     return (slice(0, n), slice(at, at + n)) if n < crop else (slice(at, at + crop), slice(0, length))
 
+# %% ../nbs/04b_views.ipynb #4b0e7d01
+def _jittered(image: np.ndarray, jitter: tuple, rng: np.random.Generator) -> np.ndarray:
+    "The colors of a picture, changed by chance; torch's own random state stays"
+    with torch.random.fork_rng(devices=[]):                                  # ColorJitter draws from torch
+        torch.manual_seed(int(rng.integers(2**31)))
+        return np.asarray(ColorJitter(*jitter)(to_pil_image(image)))
+
 # %% ../nbs/04b_views.ipynb #b5fd31ed
 def aligned_view(
     image: np.ndarray,               # (H,W,3) uint8
@@ -39,10 +47,7 @@ def aligned_view(
 ) -> tuple[Tensor, Tensor]:          # (3,crop,crop) normalized, (c,crop,crop) float32; zero outside the picture
     "The same random window and flip of a picture and its maps"
     if maps.shape[1:] != image.shape[:2]: raise ValueError(f"the maps are {maps.shape[1:]}, the image {image.shape[:2]}: they must have one size")
-    if jitter:
-        with torch.random.fork_rng(devices=[]):                              # ColorJitter draws from torch
-            torch.manual_seed(int(rng.integers(2**31)))
-            image = np.asarray(ColorJitter(*jitter)(to_pil_image(image)))
+    if jitter: image = _jittered(image, jitter, rng)
     if crop is None: return to_tensor(image), torch.from_numpy(np.asarray(maps, np.float32))
     (y, to_y), (x, to_x) = (_span(rng, n, crop) for n in image.shape[:2])
     view, out = torch.zeros(3, crop, crop), torch.zeros(len(maps), crop, crop)
@@ -68,10 +73,12 @@ class Views(Dataset):
     def set_epoch(self, epoch: int): self._epoch.fill_(epoch)
     def __len__(self): return len(self.ds)
 
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        s, rng = self.ds[i], np.random.default_rng((self.seed, int(self._epoch), i))
-        x, maps = aligned_view(s.image, self.maps(s), self.crop, rng, self.jitter)
-        return x, self.finish(maps)
+# %% ../nbs/04b_views.ipynb #4b0e7d04
+@patch
+def __getitem__(self: Views, i: int) -> tuple[Tensor, Tensor]:
+    s, rng = self.ds[i], np.random.default_rng((self.seed, int(self._epoch), i))
+    x, maps = aligned_view(s.image, self.maps(s), self.crop, rng, self.jitter)
+    return x, self.finish(maps)
 
 # %% ../nbs/04b_views.ipynb #f3e20168
 @dataclass(frozen=True)
@@ -96,6 +103,17 @@ def _settings(task: nn.Module, views: Views, config: ViewsConfig, source: str, a
     same = settings_of(config) | dict(task=type(task).__name__, data=views.ds.fingerprint(), maps=source, processes=acc.num_processes)
     return json.loads(json.dumps(same | origin(task, acc.device, precision_name(config.mixed_precision), *code)))
 
+# %% ../nbs/04b_views.ipynb #4b0e7d07
+def _begun(task: nn.Module, views: Views, config: ViewsConfig, out: Path | None, resume: bool, source: str, acc: Accelerator) -> tuple:
+    "Loader, network, optimizer, and the run: new, or as it was left"
+    order = EpochBatches(len(views), config.batch, config.seed, acc.process_index, acc.num_processes)
+    loader = DataLoader(views, batch_sampler=order, num_workers=config.workers, pin_memory=acc.device.type == "cuda")
+    run = dict(epoch=0, history=[], settings=_settings(task, views, config, source, acc))
+    task.reduce, task.processes = lambda n: acc.reduce(n, "sum"), acc.num_processes
+    net, optimizer = acc.prepare(task, task.to(acc.device).optimizer(config, config.epochs*len(loader)))
+    if resume and out and (out / "last.pt").exists(): run = read_run(acc, out / "last.pt", run, net, optimizer)
+    return loader, net, optimizer, run
+
 # %% ../nbs/04b_views.ipynb #0f763278
 @one_at_a_time()
 def fit_views(
@@ -112,18 +130,14 @@ def fit_views(
     "Train on aligned views, resumable to the last bit; several processes by `accelerate launch`"
     check_numbers(config, above_0=("epochs", "batch", "lr")); check_mixed_precision(config)
     acc, out = accelerator or make_accelerator(config.mixed_precision, device), None if out is None else Path(out)
-    order = EpochBatches(len(views), config.batch, config.seed, acc.process_index, acc.num_processes)
-    loader = DataLoader(views, batch_sampler=order, num_workers=config.workers, pin_memory=acc.device.type == "cuda")
-    run, total = dict(epoch=0, history=[], settings=_settings(task, views, config, source, acc)), config.epochs*len(loader)
-    task.reduce, task.processes = lambda n: acc.reduce(n, "sum"), acc.num_processes
-    net, optimizer = acc.prepare(task, task.to(acc.device).optimizer(config, total))
-    if resume and out and (out / "last.pt").exists(): run = read_run(acc, out / "last.pt", run, net, optimizer)
+    loader, net, optimizer, run = _begun(task, views, config, out, resume, source, acc)
     def gradients(batch):
         losses = net(*(v.to(acc.device) for v in batch))
         acc.backward(losses["loss"])
         return losses
-    with (arithmetic(task, config.mixed_precision, f"a step of {order.share} views of {config.crop}x{config.crop}", "batch or crop"),
-          tqdm(total=total, initial=run["epoch"]*len(loader), desc=type(task).__name__, disable=not (progress and acc.is_main_process)) as bar):
+    step = f"a step of {loader.batch_sampler.share} views of {config.crop}x{config.crop}"
+    with (arithmetic(task, config.mixed_precision, step, "batch or crop"),
+          tqdm(total=config.epochs*len(loader), initial=run["epoch"]*len(loader), desc=type(task).__name__, disable=not (progress and acc.is_main_process)) as bar):
         train_epochs(acc, net, optimizer, run, config.epochs, loader, gradients, out=out, begin=lambda epoch: net.train(),
                      bar=bar, remedy=lambda: f"lower lr ({config.lr}), or look for NaN in images and maps")
     task.eval()
