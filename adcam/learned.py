@@ -53,6 +53,7 @@ class Learned(NamedTuple):
 # %% ../nbs/04c_learned.ipynb #4c0f8e03
 @patch
 def __str__(self: Learned) -> str:
+    "One sentence"
     if not self.classes: return f"mAP cannot be measured: of {self.images} images {self.on} every class is in all or in none"
     told = f"mAP {self.map:.2f} over {self.classes} classes, {self.images} images {self.on}; chance {self.chance:.2f}, with luck {self.luck:.2f}"
     return f"{told}: {'too few images to tell' if self.too_few else 'AT CHANCE' if self.at_chance else 'it has learned'}"

@@ -76,6 +76,7 @@ class Views(Dataset):
 # %% ../nbs/04b_views.ipynb #4b0e7d04
 @patch
 def __getitem__(self: Views, i: int) -> tuple[Tensor, Tensor]:
+    "View i of this epoch, and its target"
     s, rng = self.ds[i], np.random.default_rng((self.seed, int(self._epoch), i))
     x, maps = aligned_view(s.image, self.maps(s), self.crop, rng, self.jitter)
     return x, self.finish(maps)

@@ -91,6 +91,7 @@ def joined(self: AffinityHead, maps: list[Tensor]) -> Tensor:  # three (B,C_i,h_
 
 @patch
 def forward(self: AffinityHead, maps: list[Tensor]) -> Tensor:  # -> (B,448,h,w)
+    "Side by side, then mixed"
     return F.elu(self.mix(self.joined(maps)))
 
 # %% ../../nbs/11b_psa.ipynb #2e6a9f08
@@ -124,6 +125,7 @@ class AffinityNet(nn.Module):
 # %% ../../nbs/11b_psa.ipynb #2e6a9f09
 @patch
 def forward(self: AffinityNet, x: Tensor) -> Tensor:  # (B,3,H,W) normalized, sides multiples of `stride` -> (B,448,H/stride,W/stride)
+    "Features of every cell"
     h, w = (-(-n//self.stride) for n in x.shape[2:])
     return self.head(self.stages(x)[-3:])[..., :h, :w]                       # a backbone that pads by itself may give more
 
