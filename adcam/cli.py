@@ -345,7 +345,7 @@ def _tell_seeds_cost(model, ds, out: Path, method: str, views: dict, options: di
         todo = [i for i, name in enumerate(part.ids) if force or not (out / f"{name}.npz").exists()]
         if not todo:
             return
-        found = estimate(replace(profiles["voc"], **views), model, part, method, options, processes=processes, precision=precision, todo=todo, lower="--scales, --processes, or the size of the photographs; or leave out the mirrored views (--no-flip)")
+        found = estimate(replace(profiles["voc"], **views), model, part, method, options, processes=processes, precision=precision, todo=todo, lower="--scales, --processes, or the size of the photographs; or leave out the mirrored views (--no-flip)" + "; --option group=8 (memory), --option channels=64 (time)" * (method == "score_cam"))
     except (ValueError, OSError) as error:
         if only or isinstance(error, MemoryError):
             raise

@@ -7,6 +7,7 @@ __all__ = ['ORDERS', 'READINGS', 'SCORES', 'minmax', 'activation_masks', 'branch
            'score_maps', 'score_cam_views', 'score_cam']
 
 # %% ../../nbs/09e_score_cam.ipynb #c1d618f1
+import math
 from collections.abc import Iterator
 from typing import Any
 import numpy as np
@@ -169,6 +170,15 @@ def score_cam_views(
         m = score_maps(model, x, keys, name=f"{name} at scale {scale:g}", **options)
         return m - m.amin((-2, -1), keepdim=True) if floor else m            # (n,h,w)
     return [with_mirror(lambda x: one(x, s), model, image, s, flip, size_mode) for s in scales]
+
+# %% ../../nbs/09e_score_cam.ipynb #5e0c4a11
+def _part(model: nn.Module, options: dict) -> tuple[dict, float, float]:
+    "A few channels as a probe: its options, and how many times its seconds and its memory all of them take"
+    every = min(options.get("channels") or math.inf, class_weights(model).shape[1])
+    few = min(every, 4)
+    return dict(channels=few), (every + 2)/(few + 2), max(1, min(every, options.get("group", 32))/few)  # two more: the picture, and black
+
+score_cam_views.part = _part
 
 # %% ../../nbs/09e_score_cam.ipynb #90d157c1
 def score_cam(
