@@ -304,6 +304,7 @@ def _loop(acc, task, optimizer, run, c, loader, bar, out, callback, parts=1, own
     def begin(epoch): _seed_epoch(c.seed, epoch); train_mode(task, c.freeze_bn)
     def done(epochs):
         if callback and acc.is_main_process: callback(model.eval(), epochs, run["history"])
+        if callback: acc.wait_for_everyone()                # who reads what a callback writes finds it whole
     def remedy():
         rates = _rates(optimizer) if own else dict(lr_vit=c.lr_vit, lr_cnn=c.lr_cnn)
         return f"lower the learning rates ({', '.join(f'{k} {v:.3g}' for k, v in rates.items())}), use clip_norm=1, or check the images for NaN"

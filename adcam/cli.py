@@ -232,7 +232,7 @@ Weights = Annotated[Optional[Path], typer.Option(help="File of trained weights; 
 CnnWeights = Annotated[Optional[Path], typer.Option("--cnn-weights", help="Of a pair: pre-trained file of the CNN.")]
 VitWeights = Annotated[Optional[Path], typer.Option("--vit-weights", help="Of a pair: pre-trained file of the ViT.")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that prepare views.")]
-DetachAfter = Annotated[str, typer.Option(help="Last layer that is not trained: layer2 (IRN), bn1 (AdvCAM, ReCAM).")]
+DetachAfter = Annotated[Optional[str], typer.Option(help="Last layer that is not trained: bn1 (AdvCAM, ReCAM); if not given layer2 (IRN), where the network has one.")]
 TrainingSeed = Annotated[int, typer.Option("--seed", help="Which of the shipped networks: 0, 1 or 2.")]
 Coupled = Annotated[bool, typer.Option("--coupled", help="The shipped network trained without stop-gradient.")]
 
@@ -345,7 +345,7 @@ def _tell_seeds_cost(model, ds, out: Path, method: str, views: dict, options: di
         todo = [i for i, name in enumerate(part.ids) if force or not (out / f"{name}.npz").exists()]
         if not todo:
             return
-        found = estimate(replace(profiles["voc"], **views), model, part, method, options, processes=processes, precision=precision, todo=todo, lower="--scales, --processes, or the size of the photographs; or leave out the mirrored views (--no-flip)")
+        found = estimate(replace(profiles["voc"], **views), model, part, method, options, processes=processes, precision=precision, todo=todo, lower="--scales, --processes, or the size of the photographs; or leave out the mirrored views (--no-flip)" + "; --option group=8 (memory), --option channels=64 (time)" * (method == "score_cam"))
     except (ValueError, OSError) as error:
         if only or isinstance(error, MemoryError):
             raise
@@ -713,9 +713,10 @@ def _new_cnn(backbone: str, classes: int, imagenet: Optional[str], detach_after:
     torch.manual_seed(seed)
     if backbone == "resnet_mini":
         return load_backbone(resnet_mini(classes), imagenet or mini_path("pretrained"))
-    if backbone == "cam_resnet50":
-        return cam_resnet50(classes, weights=imagenet, detach_after=detach_after)
-    return CamNet(backbone, classes, weights=imagenet, detach_after=detach_after)
+    net = cam_resnet50(classes, weights=imagenet, detach_after=None) if backbone == "cam_resnet50" else CamNet(backbone, classes, weights=imagenet)
+    if detach_after is not None or hasattr(net.backbone_net, "layer2"):
+        net.freeze(detach_after or "layer2")
+    return net
 
 # %% ../nbs/14_cli.ipynb #8fc2a417
 def _fall(history: list) -> str:
@@ -725,8 +726,10 @@ def _fall(history: list) -> str:
 def _tell_cnn(net, ds, skipped: list, history: list, out: Path) -> None:
     "Save a trained CNN and say everything about it."
     from adcam.classifier import save_weights
-    typer.echo(f"{_fall(history)}; wrote {save_weights(net, out / 'weights.safetensors')}")
-    _tell_learned(net, ds)
+    from adcam.seeds import launched
+    if launched()[0] == 0:
+        typer.echo(f"{_fall(history)}; wrote {save_weights(net, out / 'weights.safetensors')}")
+        _tell_learned(net, ds)
     _tell_skipped(skipped, len(ds) + len(skipped))
 
 # %% ../nbs/14_cli.ipynb #c41f36d7
@@ -739,7 +742,7 @@ def train_cam_command(
     batch: Batch = 16,
     lr_backbone: Annotated[float, typer.Option(help="Learning rate of the pre-trained layers.")] = 0.1,
     lr_head: Annotated[float, typer.Option(help="Learning rate of the classifier.")] = 1.0,
-    detach_after: DetachAfter = "layer2",
+    detach_after: DetachAfter = None,
     seed: TrainingSeed = 0, workers: Workers = 0, precision: Precision = "fp32", device: Device = "auto",
 ) -> None:
     "Train a CAM network on image labels by IRN's recipe (resnet_mini: by the recipe of Scenes). A run that was stopped continues."
@@ -807,27 +810,31 @@ def train_oaa_command(
     batch: Annotated[Optional[int], typer.Option(min=1, help="Images per step; 16, and 5 of OAA+ on photographs, if not given.")] = None,
     crop: Crop = None,
     rule: Annotated[str, typer.Option(help="How maps are collected: max, caffe_max, caffe_ave or caffe_harm.")] = "max",
-    detach_after: DetachAfter = "layer2",
+    detach_after: DetachAfter = None,
     seed: TrainingSeed = 0, workers: Workers = 0, precision: Precision = "fp32", device: Device = "auto",
 ) -> None:
     "OAA: collect the maps of a classifier while it learns, and train a network on them (OAA+). A run that was stopped continues."
     from dataclasses import replace
-    from adcam.baselines.oaa import INTEGRAL_MINI, IntegralConfig, oaa_seeds, train_integral, train_oaa
+    from adcam.baselines.oaa import INTEGRAL_MINI, IntegralConfig, check_crop, oaa_seeds, train_integral, train_oaa
     from adcam.classifier import save_weights
     from adcam.cnn import MINI_TRAIN, SGDConfig
+    from adcam.seeds import launched
+    rank, _ = launched()
     ds, skipped = _dataset(data, split, n, masks=False, workers=workers)
     first, second = (MINI_TRAIN, INTEGRAL_MINI) if backbone == "resnet_mini" else (SGDConfig(epochs=15), IntegralConfig())
-    start = lambda: _new_cnn(backbone, len(ds.classes), imagenet, detach_after if backbone == "cam_resnet50" else None, seed)
-    same = _given(batch=batch, crop=crop) | dict(seed=seed, workers=workers)
-    config = replace(first, **_given(epochs=epochs), **same, mixed_precision=precision)
-    history = train_oaa(net := start(), ds, config, out / "maps", out / "classifier", rule, device=device)
-    typer.echo(f"classifier: {_fall(history)}")
-    _tell_learned(net, ds)
+    start = lambda: _new_cnn(backbone, len(ds.classes), imagenet, detach_after, seed)
+    same = _given(batch=batch, crop=crop) | dict(seed=seed, workers=workers, mixed_precision=precision)
+    first, second = replace(first, **_given(epochs=epochs), **same), replace(second, **_given(epochs=integral_epochs), **same)
+    check_crop(second, (net := start()).stride)                   # not after the first training
+    history = train_oaa(net, ds, first, out / "maps", out / "classifier", rule, device=device)
+    if rank == 0:
+        typer.echo(f"classifier: {_fall(history)}")
+        _tell_learned(net, ds)
     done = oaa_seeds(ds, out / "maps", out / "seeds")
     typer.echo(f"{done['computed']} new seeds of collected maps: {out / 'seeds'}")
-    config = replace(second, **_given(epochs=integral_epochs), **same)
-    history = train_integral(net := start(), ds, out / "maps", config, out / "integral", device=device)
-    typer.echo(f"OAA+: {_fall(history)}; wrote {save_weights(net, out / 'weights.safetensors')}")
+    history = train_integral(net := start(), ds, out / "maps", second, out / "integral", device=device)
+    if rank == 0:
+        typer.echo(f"OAA+: {_fall(history)}; wrote {save_weights(net, out / 'weights.safetensors')}")
     _tell_skipped([*skipped, *done["skipped"]], len(ds) + len(skipped))
 
 # %% ../nbs/14_cli.ipynb #9f190386

@@ -329,6 +329,7 @@ def affinity_stage(
     workers: int = 0,                 # processes that prepare views
     progress: bool = True,            # show a bar
     device: str = "auto",             # see `adcam.devices.pick_device`
+    precision: str = "fp32",          # one of `adcam.devices.PRECISIONS`
 ) -> tuple[AffinityNet, str]:         # trained network in eval mode, what was done
     "Train AffinityNet on the scores of the two CRFs; PSA's own settings, on Scenes those of `PSA_MINI`"
     there = (out / "psa" / "affinity.safetensors").is_file()
@@ -338,7 +339,7 @@ def affinity_stage(
     small = p.dataset == "scenes"
     model = AffinityNet(_stages(p, resnet))
     config = PSA_MINI if small else AffinityConfig()
-    config = replace(config, batch=min(config.batch, len(ds)), seed=seed, workers=workers)
+    config = replace(config, batch=min(config.batch, len(ds)), seed=seed, workers=workers, mixed_precision=precision)
     return model, _steps(train_affinity(model, ds, out / "psa_scores", config, out / "psa", progress=progress, device=device), there)
 
 # %% ../nbs/13b_run.ipynb #c6310407
@@ -516,7 +517,7 @@ def _by_psa(log: _Log, c: _Call, ds: Any) -> tuple[Any, str]:
         walk, powers = walk | dict(alpha=power_at(p.walk_background)), dict(low=power_at(p.label_fg), high=power_at(p.label_bg))
     scores = lambda: _counted(c, make_affinity_scores, ds, c.out / "seeds", c.out / "psa_scores", **powers)
     ds = log.rest(ds, log.stage("PSA scores", n, scores))
-    net = log.stage("AffinityNet", n, lambda: affinity_stage(p, ds, c.out, c.backbone, c.seed, c.workers, c.progress, c.device))
+    net = log.stage("AffinityNet", n, lambda: affinity_stage(p, ds, c.out, c.backbone, c.seed, c.workers, c.progress, c.device, c.precision))
     masks = lambda: _counted(c, make_affinity_masks, ds, c.out / "seeds", net.to(c.place), c.out / "pseudo_masks", force=c.force, **walk)
     return log.rest(ds, log.stage("pseudo masks", n, masks)), f"PSA, share {walk['threshold']}"
 

@@ -87,6 +87,7 @@ def precision_name(
     "accelerate's word for full precision is understood"
     return "fp32" if name == "no" else name
 
+# %% ../nbs/03b_training.ipynb #3b0a9f01
 def _shared_gpu(device: torch.device) -> bool:
     "More processes than GPUs?"
     return device.type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))) > torch.cuda.device_count()
@@ -153,6 +154,7 @@ def need(
     "`ValueError` for a setting that breaks its rule"
     if not ok: raise ValueError(f"{name} is {getattr(c, name)!r}; it must be {rule}")
 
+# %% ../nbs/03b_training.ipynb #3b0a9f02
 def check_numbers(
     c: Any,                         # settings
     *,
@@ -165,6 +167,7 @@ def check_numbers(
     for name in above_0: need(c, getattr(c, name) > 0, name, "above 0")
     for name in at_least_0: need(c, getattr(c, name) >= 0, name, "at least 0")
 
+# %% ../nbs/03b_training.ipynb #3b0a9f03
 def check_mixed_precision(
     c: Any,                             # settings
     known: Iterable[str] = PRECISIONS,  # what the training can do
@@ -230,6 +233,7 @@ def load_run(
     except Exception as e:  # a torn file can fail in any way
         raise ValueError(f"cannot read {path} ({type(e).__name__}); {again}") from e
 
+# %% ../nbs/03b_training.ipynb #3b0a9f05
 def read_run(
     acc: Accelerator,
     path: Path,                       # last.pt
@@ -282,10 +286,22 @@ def _check_losses(values: dict, step: int, remedy: Callable) -> None:
     "A loss that is no number ends the training, in words"
     if not all(map(math.isfinite, values.values())): raise FloatingPointError(f"the loss became {values} in step {step}; {remedy()}")
 
+# %% ../nbs/03b_training.ipynb #3b0a9f04
 def _one_kernel(optimizer):
     "On a GPU one operation updates all weights of a group; elsewhere as PyTorch does by itself"
     for g in optimizer.param_groups:
         if "fused" in g and all(p.is_cuda for p in g["params"]): g["fused"] = True
+
+# %% ../nbs/03b_training.ipynb #3b0a9f09
+def _note(run: dict, waiting: list, keep: int, bar: Any, remedy: Callable, noted: Callable) -> None:
+    "Read the numbers of all steps but the last `keep`, oldest first: check them, and write their rows"
+    while len(waiting) > keep:
+        head, names, late, tail = waiting.pop(0)
+        values = dict(zip(names, late.tolist()))
+        _check_losses(values, head["step"], remedy)
+        run["history"].append(head | values | tail)
+        bar.update(); bar.set_postfix(loss=f"{values['loss']:.3f}")
+        noted()
 
 # %% ../nbs/03b_training.ipynb #bb6b1504
 def take_steps(
@@ -305,14 +321,6 @@ def take_steps(
     "One optimizer step per batch; the numbers of a step are read when they have come"
     waiting, step = [], len(run["history"])
     _one_kernel(optimizer)
-    def note(keep):
-        while len(waiting) > keep:
-            head, names, late, tail = waiting.pop(0)
-            values = dict(zip(names, late.tolist()))
-            _check_losses(values, head["step"], remedy)
-            run["history"].append(head | values | tail)
-            bar.update(); bar.set_postfix(loss=f"{values['loss']:.3f}")
-            noted()
     for batch in batches:
         before(step)
         optimizer.zero_grad()
@@ -321,8 +329,8 @@ def take_steps(
         if late.event is None: _check_losses(dict(zip(losses, late.tolist())), step, remedy)   # before the weights change; on a GPU one step later
         optimizer.step()
         waiting.append((dict(step=step) | row, list(losses), late, columns()))
-        note(keep=late.event is not None)
-    note(keep=0)
+        _note(run, waiting, int(late.event is not None), bar, remedy, noted)
+    _note(run, waiting, 0, bar, remedy, noted)
 
 # %% ../nbs/03b_training.ipynb #91f18249
 def train_epochs(
@@ -411,6 +419,7 @@ def _whole_batch_norm(m, average, x):
 # %% ../nbs/03b_training.ipynb #4f4359d4
 def _processes(): return dist.get_world_size() if dist.is_initialized() else 1
 
+# %% ../nbs/03b_training.ipynb #3b0a9f08
 @torch.no_grad()
 def _track(m, mean, var, n):
     "Running statistics, as nn.BatchNorm2d keeps them: the variance is the unbiased one"
