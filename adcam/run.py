@@ -34,7 +34,7 @@ from .learned import Learned, choose_penalty, judge, learned, warning
 from .networks import build_network, load_network, network_name, save_trained, train_network
 from .pipeline import Profile, checkpoint_path, profiles, provenance, save_result
 from .seeds import extract_dataset, launched, load_seed, resolve
-from .segment import RECIPES, SegConfig, predict_dataset, score_predictions, train_segmentation
+from .segment import RECIPES, SegConfig, passes, predict_dataset, score_predictions, train_segmentation
 
 # %% ../nbs/13b_run.ipynb #94f283a2
 def as_type(
@@ -688,7 +688,7 @@ def _segmentation_cost(c: _Call, images: int) -> Cost:
     net = segmentation_net(p, c.cnn_weights if is_pair(p) else None)[0].to(c.place)
     views = config.batch * config.iterations
     if c.limit is not None: views = min(LOOKS * images, views)
-    return _training_cost("segmentation", net, config.crop, views, -(-config.batch // config.accumulate))
+    return _training_cost("segmentation", net, config.crop, views, -(-config.batch // passes(config, net)))
 
 # %% ../nbs/13b_run.ipynb #74ef6150
 def _tell_cost(c: _Call, ds: Any) -> bool:
