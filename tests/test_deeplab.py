@@ -137,7 +137,7 @@ def caffe():
     return net
 
 
-@pytest.mark.parametrize("kind, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("kind, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, .15)])
 def test_a_norm_that_stands_still_may_be_part_of_its_convolution(caffe, kind, tolerance):
     x, y = torch.randn(2, 3, 48, 48), torch.randint(0, 5, (2, 48, 48))
 
@@ -148,7 +148,7 @@ def test_a_norm_that_stands_still_may_be_part_of_its_convolution(caffe, kind, to
 
     before = {k: v.clone() for k, v in caffe.state_dict().items()}
     for a, b in zip(*slow_and_merged(caffe, gradients)):
-        assert (a - b).abs().max() <= tolerance * max(1, 5 * (kind != torch.float32)) * b.abs().max()
+        assert (a - b).abs().max() <= tolerance * b.abs().max()
     assert all(torch.equal(v, caffe.state_dict()[k]) for k, v in before.items())
 
 
