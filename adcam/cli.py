@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['app', 'Data', 'Split', 'Images', 'Device', 'Precision', 'data_app', 'AnySize', 'Processes', 'Where', 'Network',
-           'Weights', 'CnnWeights', 'VitWeights', 'Workers', 'DetachAfter', 'TrainingSeed', 'Coupled', 'OnlyEstimate',
-           'Anyway', 'RunFolder', 'Batch', 'Crop', 'CnnName', 'ImageNet', 'irnet_app', 'Recipe', 'AllCores',
-           'SmallBackbone', 'OtherBranch', 'Pair', 'segment_app', 'SegNet', 'SegProfile', 'Backbone', 'Pictures',
-           'Overlay', 'ClassesWanted', 'BothNames', 'Trained', 'ClassNames', 'Layers', 'Threshold', 'MaskFolder',
-           'MapFolder', 'main', 'version', 'scenes', 'Kind', 'Published', 'check', 'get', 'convert', 'weights',
-           'profile', 'seeds', 'seeds_check', 'seeds_merge', 'evaluate', 'show', 'Form', 'export_command',
+           'Weights', 'CnnWeights', 'VitWeights', 'Workers', 'DetachAfter', 'TrainingSeed', 'Coupled', 'Deterministic',
+           'OnlyEstimate', 'Anyway', 'RunFolder', 'Batch', 'Crop', 'CnnName', 'ImageNet', 'irnet_app', 'Recipe',
+           'AllCores', 'SmallBackbone', 'OtherBranch', 'Pair', 'segment_app', 'SegNet', 'SegProfile', 'Backbone',
+           'Pictures', 'Overlay', 'ClassesWanted', 'BothNames', 'Trained', 'ClassNames', 'Layers', 'Threshold',
+           'MaskFolder', 'MapFolder', 'main', 'version', 'scenes', 'Kind', 'Published', 'check', 'get', 'convert',
+           'weights', 'profile', 'seeds', 'seeds_check', 'seeds_merge', 'evaluate', 'show', 'Form', 'export_command',
            'import_command', 'train', 'train_heads', 'train_cam_command', 'train_recam_command', 'train_seam_command',
            'train_oaa_command', 'irnet_labels', 'irnet_train', 'irnet_masks', 'crf', 'segment_train', 'segment_predict',
            'whole_run', 'own_masks', 'explain', 'checkpoints', 'paper', 'bench']
@@ -235,6 +235,7 @@ Workers = Annotated[int, typer.Option(min=0, help="Processes that prepare views.
 DetachAfter = Annotated[str, typer.Option(help="Last layer that is not trained: layer2 (IRN), bn1 (AdvCAM, ReCAM).")]
 TrainingSeed = Annotated[int, typer.Option("--seed", help="Which of the shipped networks: 0, 1 or 2.")]
 Coupled = Annotated[bool, typer.Option("--coupled", help="The shipped network trained without stop-gradient.")]
+Deterministic = Annotated[bool, typer.Option("--deterministic", help="Same bits from every training on a GPU, slower; on a CPU they always are.")]
 
 # %% ../nbs/14_cli.ipynb #e5112fad
 def _two_branches(network: str, classes: int, cnn: Optional[Path] = None, vit: Optional[Path] = None, seed: int = 0, **switches):
@@ -646,7 +647,7 @@ def train(
     batch: Annotated[Optional[int], typer.Option(min=1, help="Images per step over all processes.")] = None,
     crop: Crop = None,
     seed: Annotated[int, typer.Option(help="Seed of order, views and drop path.")] = 0,
-    precision: Precision = "fp32", device: Device = "auto",
+    precision: Precision = "fp32", device: Device = "auto", deterministic: Deterministic = False,
     freeze_bn: Annotated[bool, typer.Option("--freeze-bn", help="Keep the BatchNorm statistics of the start weights.")] = False,
     sync_bn: Annotated[bool, typer.Option("--sync-bn/--no-sync-bn", help="BatchNorm statistics of the whole batch, if there are several processes.")] = True,
     accumulate: Annotated[int, typer.Option(min=1, help="Parts into which a process cuts its share of a batch.")] = 1,
@@ -658,13 +659,14 @@ def train(
     from adcam.pipeline import profiles
     from adcam.run import train_config
     from adcam.seeds import launched
+    from adcam.training import repeatable
     usual, (ds, skipped) = profiles["mini" if data == "mini" else "voc"], _dataset(data, split, n, masks=False, workers=workers)
     total, model = len(ds) + len(skipped), _two_branches(network, len(ds.classes), cnn_weights, vit_weights, seed, stop_grad=stop_grad)
     _start_from(model, start)
     ds, judged, on = _kept_back(ds, hold_out)
     rank, several = launched()
     config = train_config(usual, **_given(epochs=epochs, batch=batch, crop=crop), seed=seed, mixed_precision=precision, workers=workers, freeze_bn=freeze_bn, sync_bn=sync_bn and several > 1 and not freeze_bn)
-    train_network(model, ds, config, train_vit, out=out, accumulate=accumulate, device=device)
+    with repeatable(deterministic): train_network(model, ds, config, train_vit, out=out, accumulate=accumulate, device=device)
     if rank == 0:
         typer.echo(f"wrote {save_trained(model, out / 'weights.safetensors', network, classes=list(ds.classes))}")
         _tell_learned(model, judged, on)
@@ -939,12 +941,13 @@ def irnet_train(
     radius: Annotated[Optional[int], typer.Option(min=1, help="Pairs of cells closer than this.")] = None,
     momentum: Annotated[Optional[float], typer.Option(help="Real momentum; not given: none to speak of, as in official IRN.")] = None,
     workers: Workers = 0,
-    precision: Precision = "fp32", device: Device = "auto",
+    precision: Precision = "fp32", device: Device = "auto", deterministic: Deterministic = False,
 ) -> None:
     "Train IRNet on IR labels. A run that was stopped continues; several GPUs by `accelerate launch -m adcam.cli irnet train ...`."
     from adcam.irnet import train_irnet
     from adcam.pipeline import profiles
     from adcam.run import irnet_config
+    from adcam.training import repeatable
     _only_cnn(network, vit_weights)
     if data != "mini" and imagenet is None and conformer is None and cnn_weights is None:
         raise ValueError("IRNet's backbone is frozen, so it needs weights: give --imagenet FILE, --imagenet timm, --network CNN+VIT --cnn-weights FILE, or --conformer FILE")
@@ -955,7 +958,7 @@ def irnet_train(
     given = _given(epochs=epochs, batch=batch, crop=crop, radius=radius, momentum=momentum)
     config = irnet_config(p, len(ds), seed, workers=workers, mixed_precision=precision, **given)
     model = _irnet(data, len(ds.classes), conformer, seed, imagenet, network, cnn_weights)
-    history = train_irnet(model, ds, labels, config, out, device=device)
+    with repeatable(deterministic): history = train_irnet(model, ds, labels, config, out, device=device)
     typer.echo(f"{len(history)} steps on {len(ds)} images, loss {history[-1]['loss']:.3f}; wrote {out / 'irnet.safetensors'}")
     _tell(picked)
 
@@ -1125,7 +1128,7 @@ def segment_train(
     batch: Annotated[Optional[int], typer.Option(min=1, help="Images per step over all parts and processes.")] = None,
     change: Annotated[Optional[list[str]], typer.Option("--set", help="name=value of a setting of SegConfig, such as balanced=true; may be given several times.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the new layers, order and views.")] = 0,
-    precision: Annotated[Optional[str], typer.Option(help="fp32, tf32, bf16 or fp16 (GPU); the recipe's if not given.")] = None, device: Device = "auto", workers: Workers = 0,
+    precision: Annotated[Optional[str], typer.Option(help="fp32, tf32, bf16 or fp16 (GPU); the recipe's if not given.")] = None, device: Device = "auto", deterministic: Deterministic = False, workers: Workers = 0,
     restart: Annotated[bool, typer.Option("--restart", help="Do not continue an unfinished run, start it again.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a finished run, or one with other settings.")] = False,
 ) -> None:
@@ -1135,6 +1138,7 @@ def segment_train(
     from adcam.run import warn_if_random
     from adcam.segment import train_segmentation
     from adcam.seeds import launched
+    from adcam.training import repeatable
     _only_cnn(network, vit_weights)
     remedy = "make it by `adcam irnet masks` with the same --data and --split"
     picked = _images(data, split, n, masks=True, decode=True, workers=workers) if masks is None else _with_masks(masks, "mask", remedy, data, split, n, workers)
@@ -1147,7 +1151,8 @@ def segment_train(
     if notes and launched()[0] == 0:
         typer.echo("; ".join(notes))
     config = _seg_config(usual, change or [], iterations=iterations, batch=batch, mixed_precision=precision, workers=workers, seed=seed)
-    history = train_segmentation(net, ds, masks if masks is not None else _ground_truth, config, out, resume=not restart, force=force, progress=sys.stderr.isatty(), device=device,
+    with repeatable(deterministic):
+        history = train_segmentation(net, ds, masks if masks is not None else _ground_truth, config, out, resume=not restart, force=force, progress=sys.stderr.isatty(), device=device,
                                  val=None if val is None else _images(data, val, val_n, masks=True, decode=True, workers=workers).ds)
     if launched()[0] == 0:
         _tell_history(usual.segmentation, history, val, out)
@@ -1238,16 +1243,18 @@ def whole_run(
     seed: Annotated[int, typer.Option(help="Seed of both trainings.")] = 0,
     processes: Annotated[int, typer.Option(min=1, help="Worker processes for seeds, labels and walks.")] = 1,
     workers: Annotated[int, typer.Option(min=0, help="Processes that prepare training views.")] = 0,
-    precision: Precision = "fp32", device: Device = "auto",
+    precision: Precision = "fp32", device: Device = "auto", deterministic: Deterministic = False,
     only_estimate: OnlyEstimate = False, anyway: Anyway = False,
 ) -> None:
     "From images with labels to pseudo masks, or to predictions. Every stage of the package; a run that was stopped continues."
     from adcam.run import override, run as all_stages, with_network
+    from adcam.training import repeatable
     usual, data = _profile_of(profile, data)
     changes = [*(with_network(network) if network else ()), *(change or [])]
-    done = all_stages(override(usual, changes), data, out, method=method, limit=limit, weights=weights, trained=trained, resnet=resnet, cnn_weights=cnn_weights, vit_weights=vit_weights,
-                      heads=heads, refine=refine, crf=crf, segment=segment, init=init, seed=seed, processes=processes, workers=workers, progress=sys.stderr.isatty(), device=device, precision=precision,
-                      budget=_budget(only_estimate, anyway))
+    with repeatable(deterministic):
+        done = all_stages(override(usual, changes), data, out, method=method, limit=limit, weights=weights, trained=trained, resnet=resnet, cnn_weights=cnn_weights, vit_weights=vit_weights,
+                          heads=heads, refine=refine, crf=crf, segment=segment, init=init, seed=seed, processes=processes, workers=workers, progress=sys.stderr.isatty(), device=device, precision=precision,
+                          budget=_budget(only_estimate, anyway))
     if only_estimate:
         return
     typer.echo(f"wrote {out / 'run.json'}")
