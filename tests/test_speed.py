@@ -113,13 +113,40 @@ def test_nothing_waits_for_the_device_in_a_batch_of_seeds_or_a_step_of_a_trainin
 
 def test_the_counter_sees_what_waits():
     x = torch.zeros(3, device="meta")
-    for wait in (lambda: bool((x > 0).any()), lambda: x[x > 0], lambda: x.sum().item(), lambda: x.cpu(), lambda: float(x.max())):
+    for wait in (lambda: bool((x > 0).any()), lambda: x[x > 0], lambda: x.sum().item(), lambda: x.cpu(), lambda: float(x.max()), lambda: torch.zeros(3).to("meta")):
         with counts.on_paper(), Operations("meta") as seen:
             wait()
         assert len(seen.waits) == 1
     with counts.on_paper(), Operations("meta") as seen:
-        x.to("cpu", non_blocking=True), torch.zeros(3).sum().item()
+        x.to("cpu", non_blocking=True), torch.zeros(3).to("meta", non_blocking=True), torch.zeros(3).sum().item()
     assert seen.waits == []
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_half_precision_on_paper_casts_what_autocast_casts(half):
+    "On a CPU, where there is an autocast to compare with: twice through convolutions, a norm and a linear layer, and back"
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 3), torch.nn.Flatten(), torch.nn.Linear(8 * 16, 4))
+    x, found = torch.randn(2, 3, 8, 8), []
+    paper = counts.Autocast()
+    for context in (torch.autocast("cpu", torch.bfloat16, enabled=half), paper.asked(enabled=half)):
+        net.zero_grad()
+        with Operations() as seen, paper:
+            with context:
+                y = net(x) + net(x)
+            y.float().square().sum().backward()
+        found.append((y.dtype, seen.count))
+    assert found[0] == found[1] and (y.dtype == torch.bfloat16) == half
+
+
+def test_a_prediction_goes_through_the_crf_where_the_network_is(monkeypatch):
+    from adcam import segment
+    from adcam.deeplab import deeplabv2_mini
+    seen = []
+    monkeypatch.setattr(segment, "dense_crf", lambda unary, image, **options: seen.append(unary.device.type) or unary)
+    net = deeplabv2_mini(11, weights=None).eval().to("meta")
+    with counts.on_paper(), Operations("meta", truths=(True,)):
+        segment.predict(net, np.zeros((40, 48, 3), np.uint8))
+    assert seen == ["meta"]
 
 
 # ---------------------------------------------------------------- the same numbers

@@ -309,6 +309,19 @@ def test_a_device_or_precision_that_is_not_there_is_one_line_and_exit_code_2(com
     assert end.value.code == 2 and len(told) == 1 and message in told[0]
 
 
+EVERYWHERE = [["train-heads", "--out", "o"], ["train-cam", "--out", "o"], ["train-recam", "--out", "o"], ["train-seam", "--out", "o"], ["train-oaa", "--out", "o"],
+              ["segment", "train", "--out", "o"], ["irnet", "masks", "s", "o"], ["crf", "i", "m", "o"], ["explain", "i", "--out", "o"]]
+
+
+@pytest.mark.parametrize("command", EVERYWHERE, ids=lambda c: "-".join(c[:2]))
+def test_walks_crfs_pictures_and_trainings_look_for_the_device_too(command, tmp_path, monkeypatch, capsys):
+    if torch.cuda.is_available(): pytest.skip("for machines without a GPU")
+    monkeypatch.chdir(tmp_path)
+    data = [] if command[0] in ("irnet", "crf", "explain") else ["--n", "2"]
+    with pytest.raises(SystemExit, match="2"): main([*command, *data, "--device", "cuda"])
+    assert capsys.readouterr().err.splitlines()[-1] == "adcam: device cuda: PyTorch sees no GPU here; use auto or cpu"
+
+
 def full(*args, **kw): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
 

@@ -80,7 +80,7 @@ class Operations(TorchDispatchMode):
             if name == "_to_copy" and kwargs.get("device") == torch.device("cpu"):
                 return torch.zeros(first.shape, dtype=kwargs.get("dtype") or first.dtype)
             if self.selects(name, args):
-                return first.new_empty(args[1][0].numel())
+                return first.new_empty(args[1][0].numel(), *first.shape[args[1][0].ndim:])
             if name == "_index_put_impl_" or name == "index_put_":
                 return first
         return func(*args, **kwargs)

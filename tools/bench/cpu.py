@@ -247,7 +247,7 @@ class Side:
         self.process.wait()
 
 
-def in_turns(name, sides, seconds, least=9):
+def in_turns(name, sides, seconds, least=15):
     "CPU seconds of every turn: (before, after)"
     for s in sides:
         s.begin(name)
