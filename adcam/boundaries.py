@@ -29,7 +29,7 @@ from .data import image_of, normalized, on_canvas, to_tensor, weak_sample
 from .files import label_source, one_at_a_time
 from .folders import MAX_SIDE
 from .training import (EpochBatches, arithmetic, check_mixed_precision, check_numbers, make_accelerator, model_fingerprint, origin, precision_name, read_run, save_weights,
-                            settings_of, train_epochs, untouched)
+                            settings_of, train_epochs, untouched, view_workers)
 from .walk import affinity, pair_tables, path_index
 
 # %% ../nbs/10c_boundaries.ipynb #6cd628dd
@@ -357,11 +357,11 @@ class IRNetConfig:
     radius: int = 10                  # of the pairs, cells
     seed: int = 0                     # of order and views
     mixed_precision: str = "fp32"     # "fp32", "tf32" or "bf16"
-    workers: int = 0                  # processes that prepare views
+    workers: int|None = None          # processes that prepare views; None: as many as are useful
 
 # %% ../nbs/10c_boundaries.ipynb #17ccbe25
 def _check_config(c):
-    check_numbers(c, at_least_1=("epochs", "batch", "radius"), above_0=("lr_edge", "lr_displacement", "power"))
+    check_numbers(c, at_least_1=("epochs", "batch", "radius"), above_0=("lr_edge", "lr_displacement", "power"), at_least_0=("workers",))
     check_mixed_precision(c, ("fp32", "tf32", "bf16"))
     path_index(c.radius, (c.crop//4, c.crop//4))  # refuses a crop without pairs
 
@@ -404,7 +404,7 @@ def train_irnet(
     acc = accelerator or make_accelerator(c.mixed_precision, device)
     views = IRViews(ds, labels, c.crop, c.scale, c.seed, pixels=acc.device.type == "cuda")
     order = EpochBatches(len(views), c.batch, c.seed, acc.process_index, acc.num_processes)
-    loader = DataLoader(views, batch_sampler=order, num_workers=c.workers, pin_memory=acc.device.type == "cuda")
+    loader = DataLoader(views, batch_sampler=order, num_workers=(workers := view_workers(c.workers, acc.device)), pin_memory=acc.device.type == "cuda")
     run, rates = dict(epoch=0, history=[], settings=_run_settings(model, ds, labels, c, acc)), (c.lr_edge, c.lr_displacement)
     groups = [dict(params=p, lr=lr) for p, lr in zip(model.heads().values(), rates) if p]
     net, optimizer = model.to(acc.device), PolySGD(groups, c.epochs*len(loader), c.weight_decay, c.power, c.momentum)
@@ -419,7 +419,7 @@ def train_irnet(
         train_epochs(acc, net, optimizer, run, c.epochs, loader, lambda batch: _gradients(acc, net, batch, c, len(ds.classes)), out=out, begin=lambda epoch: net.train(), leave_out=fixed,
                      bar=bar, remedy=lambda: f"lower lr_edge ({c.lr_edge}) and lr_displacement ({c.lr_displacement}), or look for NaN in the images")
     if model.displacement:                                            # in the training's arithmetic, but not in half precision
-        with arithmetic(model, c.mixed_precision, f"the mean shift of {c.batch} crops of {c.crop}x{c.crop}", "batch or crop"): set_mean_shift(model, ds, c.crop, c.batch, c.workers)
+        with arithmetic(model, c.mixed_precision, f"the mean shift of {c.batch} crops of {c.crop}x{c.crop}", "batch or crop"): set_mean_shift(model, ds, c.crop, c.batch, workers)
     model.eval()
     if out and acc.is_main_process: save_weights(model, out/"irnet.safetensors")
     return run["history"]

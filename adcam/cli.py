@@ -95,7 +95,7 @@ def _images(data: str, split: str, n: Optional[int] = None, **needs):
 
 def _dataset(data: str, split: str, n: Optional[int] = None, masks: bool = True, workers: int = 0) -> tuple:
     "The images that can be read, for training, and those that cannot be used."
-    picked = _images(data, split, n, masks=masks, decode=True, workers=workers)
+    picked = _images(data, split, n, masks=masks, decode=True, workers=workers or 0)
     return picked.ds, picked.skipped
 
 # %% ../nbs/14_cli.ipynb #23c3305e
@@ -231,7 +231,7 @@ Network = Annotated[str, typer.Option(help="A Conformer (mini, tiny, small, base
 Weights = Annotated[Optional[Path], typer.Option(help="File of trained weights; the shipped ones of conformer_mini or resnet_mini if not given.")]
 CnnWeights = Annotated[Optional[Path], typer.Option("--cnn-weights", help="Of a pair: pre-trained file of the CNN.")]
 VitWeights = Annotated[Optional[Path], typer.Option("--vit-weights", help="Of a pair: pre-trained file of the ViT.")]
-Workers = Annotated[int, typer.Option(min=0, help="Processes that prepare views.")]
+Workers = Annotated[Optional[int], typer.Option(min=0, help="Processes that prepare views; with a GPU up to 8 if not given, else none.")]
 DetachAfter = Annotated[str, typer.Option(help="Last layer that is not trained: layer2 (IRN), bn1 (AdvCAM, ReCAM).")]
 TrainingSeed = Annotated[int, typer.Option("--seed", help="Which of the shipped networks: 0, 1 or 2.")]
 Coupled = Annotated[bool, typer.Option("--coupled", help="The shipped network trained without stop-gradient.")]
@@ -652,7 +652,7 @@ def train(
     sync_bn: Annotated[bool, typer.Option("--sync-bn/--no-sync-bn", help="BatchNorm statistics of the whole batch, if there are several processes.")] = True,
     accumulate: Annotated[int, typer.Option(min=1, help="Parts into which a process cuts its share of a batch.")] = 1,
     hold_out: Annotated[bool, typer.Option("--hold-out", help="Keep a fifth of the images out of the training and judge the classifier on it.")] = False,
-    workers: Workers = 0,
+    workers: Workers = None,
 ) -> None:
     "Train the two branches on image labels. One loss each; a run that was stopped continues."
     from adcam.networks import save_trained, train_network
@@ -742,7 +742,7 @@ def train_cam_command(
     lr_backbone: Annotated[float, typer.Option(help="Learning rate of the pre-trained layers.")] = 0.1,
     lr_head: Annotated[float, typer.Option(help="Learning rate of the classifier.")] = 1.0,
     detach_after: DetachAfter = "layer2",
-    seed: TrainingSeed = 0, workers: Workers = 0, precision: Precision = "fp32", device: Device = "auto",
+    seed: TrainingSeed = 0, workers: Workers = None, precision: Precision = "fp32", device: Device = "auto",
 ) -> None:
     "Train a CAM network on image labels by IRN's recipe (resnet_mini: by the recipe of Scenes). A run that was stopped continues."
     from dataclasses import replace
@@ -763,7 +763,7 @@ def train_recam_command(
     batch: Batch = 16,
     crop: Crop = None,
     ce_weight: Annotated[float, typer.Option(help="Weight of the softmax loss: 1 for VOC, 0.1 for COCO.")] = 1.,
-    seed: TrainingSeed = 0, workers: Workers = 0, precision: Precision = "fp32", device: Device = "auto",
+    seed: TrainingSeed = 0, workers: Workers = None, precision: Precision = "fp32", device: Device = "auto",
 ) -> None:
     "ReCAM: train the second classifier of a trained network. Its weights are read by `adcam seeds --method recam`."
     from dataclasses import replace
@@ -787,7 +787,7 @@ def train_seam_command(
     batch: Annotated[Optional[int], typer.Option(min=1, help="Images per step over all processes; 8, on Scenes 16 if not given.")] = None,
     crop: Crop = None,
     head_only: Annotated[bool, typer.Option("--head-only", help="The network stands still, only the new head learns.")] = False,
-    seed: TrainingSeed = 0, workers: Workers = 0, precision: Precision = "fp32", device: Device = "auto",
+    seed: TrainingSeed = 0, workers: Workers = None, precision: Precision = "fp32", device: Device = "auto",
 ) -> None:
     "SEAM: go on training a CAM network so that maps follow the picture. Its weights are read by `adcam seeds --method seam`."
     from dataclasses import replace
@@ -810,7 +810,7 @@ def train_oaa_command(
     crop: Crop = None,
     rule: Annotated[str, typer.Option(help="How maps are collected: max, caffe_max, caffe_ave or caffe_harm.")] = "max",
     detach_after: DetachAfter = "layer2",
-    seed: TrainingSeed = 0, workers: Workers = 0, precision: Precision = "fp32", device: Device = "auto",
+    seed: TrainingSeed = 0, workers: Workers = None, precision: Precision = "fp32", device: Device = "auto",
 ) -> None:
     "OAA: collect the maps of a classifier while it learns, and train a network on them (OAA+). A run that was stopped continues."
     from dataclasses import replace
@@ -921,7 +921,7 @@ def _with_masks(folder: Path, what: str, remedy: str, data: str, split: str, n: 
         raise FileNotFoundError(f"{folder} has no {what}; {remedy}")
     whole = open_data(data, split, n, check=False)
     size = (lambda i: None) if data == "mini" else (lambda i: image_size(_path_of(whole, i)))
-    return _images(data, split, n, files=folder, check=lambda path, i: check_png(path, what, f"delete it and {remedy}", size(i)), decode=True, workers=workers)
+    return _images(data, split, n, files=folder, check=lambda path, i: check_png(path, what, f"delete it and {remedy}", size(i)), decode=True, workers=workers or 0)
 
 def _path_of(ds, i: int) -> Path:
     from adcam.data import Subset
@@ -940,7 +940,7 @@ def irnet_train(
     crop: Annotated[Optional[int], typer.Option(min=4, help="Side of a view in pixels, a multiple of 4.")] = None,
     radius: Annotated[Optional[int], typer.Option(min=1, help="Pairs of cells closer than this.")] = None,
     momentum: Annotated[Optional[float], typer.Option(help="Real momentum; not given: none to speak of, as in official IRN.")] = None,
-    workers: Workers = 0,
+    workers: Workers = None,
     precision: Precision = "fp32", device: Device = "auto", deterministic: Deterministic = False,
 ) -> None:
     "Train IRNet on IR labels. A run that was stopped continues; several GPUs by `accelerate launch -m adcam.cli irnet train ...`."
@@ -1128,7 +1128,7 @@ def segment_train(
     batch: Annotated[Optional[int], typer.Option(min=1, help="Images per step over all parts and processes.")] = None,
     change: Annotated[Optional[list[str]], typer.Option("--set", help="name=value of a setting of SegConfig, such as balanced=true; may be given several times.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the new layers, order and views.")] = 0,
-    precision: Annotated[Optional[str], typer.Option(help="fp32, tf32, bf16 or fp16 (GPU); the recipe's if not given.")] = None, device: Device = "auto", deterministic: Deterministic = False, workers: Workers = 0,
+    precision: Annotated[Optional[str], typer.Option(help="fp32, tf32, bf16 or fp16 (GPU); the recipe's if not given.")] = None, device: Device = "auto", deterministic: Deterministic = False, workers: Workers = None,
     restart: Annotated[bool, typer.Option("--restart", help="Do not continue an unfinished run, start it again.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a finished run, or one with other settings.")] = False,
 ) -> None:
@@ -1141,7 +1141,7 @@ def segment_train(
     from adcam.training import repeatable
     _only_cnn(network, vit_weights)
     remedy = "make it by `adcam irnet masks` with the same --data and --split"
-    picked = _images(data, split, n, masks=True, decode=True, workers=workers) if masks is None else _with_masks(masks, "mask", remedy, data, split, n, workers)
+    picked = _images(data, split, n, masks=True, decode=True, workers=workers or 0) if masks is None else _with_masks(masks, "mask", remedy, data, split, n, workers)
     ds = picked.ds
     if masks is None and data != "mini":
         check_agreement(ds)
@@ -1153,7 +1153,7 @@ def segment_train(
     config = _seg_config(usual, change or [], iterations=iterations, batch=batch, mixed_precision=precision, workers=workers, seed=seed)
     with repeatable(deterministic):
         history = train_segmentation(net, ds, masks if masks is not None else _ground_truth, config, out, resume=not restart, force=force, progress=sys.stderr.isatty(), device=device,
-                                 val=None if val is None else _images(data, val, val_n, masks=True, decode=True, workers=workers).ds)
+                                 val=None if val is None else _images(data, val, val_n, masks=True, decode=True, workers=workers or 0).ds)
     if launched()[0] == 0:
         _tell_history(usual.segmentation, history, val, out)
     _tell(picked)
@@ -1242,7 +1242,7 @@ def whole_run(
     change: Annotated[Optional[list[str]], typer.Option("--set", help="name=value of a setting; may be given several times.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of both trainings.")] = 0,
     processes: Annotated[int, typer.Option(min=1, help="Worker processes for seeds, labels and walks.")] = 1,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that prepare training views.")] = 0,
+    workers: Workers = None,
     precision: Precision = "fp32", device: Device = "auto", deterministic: Deterministic = False,
     only_estimate: OnlyEstimate = False, anyway: Anyway = False,
 ) -> None:

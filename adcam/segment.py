@@ -31,7 +31,7 @@ from .evaluation import confusion, scores
 from .folders import MAX_SIDE, make_folder
 from .scenes import Sample
 from .training import (arithmetic, check_mixed_precision, check_numbers, device_of, make_accelerator, model_fingerprint, need, origin, precision_name, read_run, save_weights,
-                            settings_of, take_steps, train_mode, whole_batch, write_run)
+                            settings_of, take_steps, train_mode, view_workers, whole_batch, write_run)
 from .files import atomic_write, difference, label_source, one_at_a_time, why_left_out
 
 # %% ../nbs/12b_segment.ipynb #85e3e0e5
@@ -127,7 +127,7 @@ class SegConfig:
     check: int = 500                  # iterations between checkpoints, validations and lines of the log
     patience: int|None = None         # stop after so many iterations in a row that predict only background; None: a tenth of all, at least 50
     seed: int = 0                     # of order, views and dropout
-    workers: int = 0                  # processes that prepare views
+    workers: int|None = None          # processes that prepare views; None: as many as are useful
 
 # %% ../nbs/12b_segment.ipynb #18b70c4a
 RANGE = tuple(i/4 for i in range(2, 9))  # 0.5 .. 2
@@ -440,7 +440,7 @@ def train_segmentation(
     if goes_on: run = read_run(acc, out/"last.pt", run, model, optimizer, again="pass force=True to start again")
     start, views = len(run["history"]), SegViews(ds, masks, net, c, found.usable)
     order = Stream(len(views), c.batch, c.seed, start, c.iterations, acc.process_index, acc.num_processes)
-    loader = DataLoader(views, batch_sampler=order, num_workers=c.workers, pin_memory=acc.device.type == "cuda")
+    loader = DataLoader(views, batch_sampler=order, num_workers=view_workers(c.workers, acc.device), pin_memory=acc.device.type == "cuda")
     curves = _Curves(out if acc.is_main_process else None, start)
     size = f"a step of {c.batch//acc.num_processes//passes(c, net, acc.num_processes)} views of {c.crop}x{c.crop}"
     with whole_batch(model, acc, True), arithmetic(net, c.mixed_precision, size, "batch or crop, or accumulate more parts with together=False"), tqdm(total=c.iterations, initial=start, desc="segmentation", disable=not (progress and acc.is_main_process)) as bar:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['untouched', 'device_of', 'model_fingerprint', 'code_hash', 'repeatable', 'origin', 'precision_name',
            'make_accelerator', 'released', 'told', 'arithmetic', 'need', 'check_numbers', 'check_mixed_precision',
-           'settings_of', 'EpochBatches', 'write_run', 'load_run', 'read_run', 'save_weights', 'Late', 'take_steps',
-           'train_epochs', 'train_mode', 'my_rows', 'whole_batch']
+           'settings_of', 'EpochBatches', 'view_workers', 'write_run', 'load_run', 'read_run', 'save_weights', 'Late',
+           'take_steps', 'train_epochs', 'train_mode', 'my_rows', 'whole_batch']
 
 # %% ../nbs/03b_training.ipynb #0dc86006
 import ast, hashlib, importlib.util, io, json, math, os, re
@@ -193,10 +193,10 @@ def check_numbers(
     above_0: Iterable[str] = (),
     at_least_0: Iterable[str] = (),
 ) -> None:
-    "The usual rules of numbers"
+    "The usual rules of numbers. `workers` may be None"
     for name in at_least_1: need(c, getattr(c, name) >= 1, name, "at least 1")
     for name in above_0: need(c, getattr(c, name) > 0, name, "above 0")
-    for name in at_least_0: need(c, getattr(c, name) >= 0, name, "at least 0")
+    for name in at_least_0: need(c, name == "workers" and c.workers is None or getattr(c, name) >= 0, name, "at least 0")
 
 def check_mixed_precision(
     c: Any,                             # settings
@@ -233,6 +233,15 @@ class EpochBatches(Sampler):
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.n)         # (n,)
         mine = order[:len(self)*self.batch].reshape(len(self), -1, self.share)[:, self.rank]  # (steps,share)
         return iter(mine.tolist())
+
+# %% ../nbs/03b_training.ipynb #7a11be06
+def view_workers(
+    wanted: int|None,     # as asked; None: as many as are useful
+    device: torch.device, # where the network learns
+) -> int:                 # for `DataLoader`
+    "How many processes prepare views for this one"
+    if wanted is not None: return wanted
+    return min(8, (os.cpu_count() or 1)//int(os.environ.get("LOCAL_WORLD_SIZE", "1")))*(device.type == "cuda")
 
 # %% ../nbs/03b_training.ipynb #3ca4b194
 def write_run(

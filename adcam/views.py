@@ -21,7 +21,7 @@ from torchvision.transforms.functional import to_pil_image
 from .progress import tqdm
 from .data import to_tensor
 from .files import one_at_a_time
-from .training import EpochBatches, arithmetic, check_numbers, make_accelerator, origin, read_run, settings_of, train_epochs
+from .training import EpochBatches, arithmetic, check_numbers, make_accelerator, origin, read_run, settings_of, train_epochs, view_workers
 
 # %% ../nbs/04b_views.ipynb #d15803e0
 def _span(rng: np.random.Generator, n: int, crop: int) -> tuple[slice, slice]:
@@ -86,7 +86,7 @@ class ViewsConfig:
     crop: int | None = 448           # side of a view
     jitter: tuple | None = (.3, .3, .3, .1)  # brightness, contrast, saturation, hue
     seed: int = 0                    # of order and views
-    workers: int = 0                 # processes that prepare views
+    workers: int|None = None         # processes that prepare views; None: as many as are useful
 
 # %% ../nbs/04b_views.ipynb #6ebfe5c2
 def _settings(task: nn.Module, views: Views, config: ViewsConfig, source: str, acc: Accelerator) -> dict:
@@ -112,7 +112,7 @@ def fit_views(
     check_numbers(config, above_0=("epochs", "batch", "lr"))
     acc, out = accelerator or make_accelerator("fp32", device), None if out is None else Path(out)
     order = EpochBatches(len(views), config.batch, config.seed, acc.process_index, acc.num_processes)
-    loader = DataLoader(views, batch_sampler=order, num_workers=config.workers, pin_memory=acc.device.type == "cuda")
+    loader = DataLoader(views, batch_sampler=order, num_workers=view_workers(config.workers, acc.device), pin_memory=acc.device.type == "cuda")
     run, total = dict(epoch=0, history=[], settings=_settings(task, views, config, source, acc)), config.epochs*len(loader)
     task.reduce, task.processes = lambda n: acc.reduce(n, "sum"), acc.num_processes
     optimizer = task.to(acc.device).optimizer(config, total)
