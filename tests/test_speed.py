@@ -7,6 +7,7 @@ import torch
 from conftest import ROOT, load_script
 
 from adcam import conformer
+from adcam.boundaries import IRViews
 from adcam.cam import ad_cam, att_diffu, cam_map, checks_later, trans_cam, ts_cam
 from adcam.conformer import conformer_mini, conformer_small
 from adcam.data import TrainViews, normalized, to_tensor
@@ -261,6 +262,16 @@ def test_a_training_view_sent_as_bytes_is_the_view_bit_for_bit(scenes):
             assert torch.equal(normalized(pixels[None], box[None])[0], as_floats[i][0]) and torch.equal(label, as_floats[i][1])
 
 
+def test_a_view_of_irnet_sent_as_bytes_is_the_view_bit_for_bit(scenes):
+    as_floats, as_bytes = (IRViews(scenes, lambda s: s.mask, 64, (.5, 1.5), seed=3, pixels=p) for p in (False, True))
+    for epoch in range(3):                                       # smaller and larger than the crop, mirrored and not
+        for views in (as_floats, as_bytes):
+            views.set_epoch(epoch)
+        for i in range(len(scenes)):
+            (x, label), ((pixels, box), same) = as_floats[i], as_bytes[i]
+            assert torch.equal(normalized(pixels[None], box[None])[0], x) and torch.equal(label, same)
+
+
 class Mixed:
     "Scenes cut to three sizes; one cannot be read, one has no label"
     classes = Scenes("test", 1, 96).classes
@@ -418,6 +429,22 @@ def test_numbers_that_come_late_and_views_that_come_as_bytes_change_nothing_of_a
     late = classifier.Late.__init__
     monkeypatch.setattr(classifier.Late, "__init__", lambda self, values: (late(self, values), setattr(self, "event", Event()))[0])
     again, same = small_training()
+    assert again == history and torch.equal(weights, same)
+
+
+def test_views_of_irnet_that_come_as_bytes_change_nothing_of_its_training(monkeypatch):
+    from adcam import boundaries
+    from adcam.cnn import resnet_mini
+
+    def run():
+        torch.manual_seed(0)
+        net = boundaries.IRNet(boundaries.ResNetStages(resnet_mini(10).backbone_net), edge_width=8, widths=(8, 8, 8, 8, 8))
+        history = boundaries.train_irnet(net, Scenes("train", 6, 64), lambda s: s.mask, boundaries.IRNetConfig(epochs=1, batch=2, crop=48, radius=3), progress=False, device="cpu")
+        return history, torch.cat([v.flatten().double() for v in net.state_dict().values()])
+
+    history, weights = run()
+    monkeypatch.setattr(boundaries, "IRViews", lambda *a, **k: IRViews(*a, **{**k, "pixels": True}))
+    again, same = run()
     assert again == history and torch.equal(weights, same)
 
 
