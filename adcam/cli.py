@@ -1143,17 +1143,15 @@ def segment_train(
     remedy = "make it by `adcam irnet masks` with the same --data and --split"
     picked = _images(data, split, n, masks=True, decode=True, workers=workers or 0) if masks is None else _with_masks(masks, "mask", remedy, data, split, n, workers)
     ds = picked.ds
-    if masks is None and data != "mini":
-        check_agreement(ds)
+    if masks is None and data != "mini": check_agreement(ds)
     torch.manual_seed(seed)
     net, notes, usual = _segmentation(network, profile, data, len(ds.classes), backbone, init, cnn_weights)
     warn_if_random(usual, cnn_weights or init)
-    if notes and launched()[0] == 0:
-        typer.echo("; ".join(notes))
+    if notes and launched()[0] == 0: typer.echo("; ".join(notes))
     config = _seg_config(usual, change or [], iterations=iterations, batch=batch, mixed_precision=precision, workers=workers, seed=seed)
+    judged = None if val is None else _images(data, val, val_n, masks=True, decode=True, workers=workers or 0).ds
     with repeatable(deterministic):
-        history = train_segmentation(net, ds, masks if masks is not None else _ground_truth, config, out, resume=not restart, force=force, progress=sys.stderr.isatty(), device=device,
-                                 val=None if val is None else _images(data, val, val_n, masks=True, decode=True, workers=workers or 0).ds)
+        history = train_segmentation(net, ds, _ground_truth if masks is None else masks, config, out, not restart, force, progress=sys.stderr.isatty(), val=judged, device=device)
     if launched()[0] == 0:
         _tell_history(usual.segmentation, history, val, out)
     _tell(picked)
