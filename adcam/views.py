@@ -22,7 +22,7 @@ from torchvision.transforms.functional import to_pil_image
 from .progress import tqdm
 from .data import to_tensor
 from .files import one_at_a_time
-from .training import EpochBatches, arithmetic, check_mixed_precision, check_numbers, make_accelerator, origin, precision_name, read_run, settings_of, train_epochs
+from .training import EpochBatches, arithmetic, check_mixed_precision, check_numbers, make_accelerator, origin, precision_name, read_run, settings_of, train_epochs, view_workers
 
 # %% ../nbs/04b_views.ipynb #d15803e0
 def _span(rng: np.random.Generator, n: int, crop: int) -> tuple[slice, slice]:
@@ -94,7 +94,7 @@ class ViewsConfig:
     crop: int | None = 448           # side of a view
     jitter: tuple | None = (.3, .3, .3, .1)  # brightness, contrast, saturation, hue
     seed: int = 0                    # of order and views
-    workers: int = 0                 # processes that prepare views
+    workers: int|None = None         # processes that prepare views; None: as many as are useful
     mixed_precision: str = "fp32"    # one of `adcam.devices.PRECISIONS`; losses stay in float32
 
 # %% ../nbs/04b_views.ipynb #6ebfe5c2
@@ -108,7 +108,7 @@ def _settings(task: nn.Module, views: Views, config: ViewsConfig, source: str, a
 def _begun(task: nn.Module, views: Views, config: ViewsConfig, out: Path | None, resume: bool, source: str, acc: Accelerator) -> tuple:
     "Loader, network, optimizer, and the run: new, or as it was left"
     order = EpochBatches(len(views), config.batch, config.seed, acc.process_index, acc.num_processes)
-    loader = DataLoader(views, batch_sampler=order, num_workers=config.workers, pin_memory=acc.device.type == "cuda")
+    loader = DataLoader(views, batch_sampler=order, num_workers=view_workers(config.workers, acc.device), pin_memory=acc.device.type == "cuda")
     run = dict(epoch=0, history=[], settings=_settings(task, views, config, source, acc))
     task.reduce, task.processes = lambda n: acc.reduce(n, "sum"), acc.num_processes
     net, optimizer = acc.prepare(task, task.to(acc.device).optimizer(config, config.epochs*len(loader)))
