@@ -6,6 +6,7 @@
 A map's *floor* is its smallest value; without it a map is (m - min)/(max - min). Each list gets the threshold that the other one prefers.
 """
 import argparse
+import re
 import sys
 import time
 from pathlib import Path
@@ -16,14 +17,13 @@ from adcam import voc
 from adcam.data import VOCFolder
 from adcam.evaluation import Sweep, side_by_side
 from adcam.irnet import edge_map, load_irnet, random_walk, upsample_walk
-from adcam.pipeline import provenance, save_result, to_markdown
+from adcam.pipeline import Point, provenance, save_result, to_markdown
 from adcam.progress import tqdm
 from adcam.seeds import merge
-from adcam.voc_masks import THRESHOLDS, boundary_network, table_rows
+from adcam.voc_masks import THRESHOLDS, Row, boundary_network
 
 PAIR = "tf_efficientnet_lite0+vit_small_patch14_dinov2"
-RAW, CAM, WIDE = "Att-Diffu only, pull", "CAM", "AD-CAM, pull, 250 neighbors"
-WALKS = [(CAM, CAM, False), (CAM, WIDE, False), (WIDE, WIDE, False), (WIDE, CAM, False), (RAW, RAW, False), (RAW, WIDE, False), (RAW, RAW, True), (RAW, WIDE, True)]
+RAW, CAM, PULL = "Att-Diffu only, pull", "CAM", "AD-CAM, pull"
 
 
 def options(argv=None):
@@ -40,31 +40,42 @@ def options(argv=None):
     a = p.parse_args(argv)
     a.lists, a.photographs = a.lists.split(","), [int(n) for n in a.photographs.split(",")]
     if len(a.lists) != 2 or len(a.photographs) != 2: p.error("--lists and --photographs take two values each, such as val,train_2007 and 250,156")
-    missing = [n for n in (RAW, CAM, WIDE) if not irnet_file(a, n).is_file()]
+    missing = [n for n in (RAW, CAM, widest(a)) if not irnet_file(a, n).is_file()]
     if missing: p.error(f"{a.work} has no boundary network of {missing[0]}: run tools/voc_measure.py --rows 8 masks first")
     return a
 
 
-def folder(name: str) -> str: return next(r.folder for r in table_rows(preferred=dict(pull=250)) if r.name == name)
+def folder(name: str) -> str: return Row(name, Point("cam"), "all").folder
 def irnet_file(a, name: str) -> Path: return a.work / "masks" / "irnet" / f"{folder(name)}.safetensors"
+
+
+def widest(a) -> str:
+    "AD-CAM's row with pull at the k that the other list prefers; where that is the paper's own, there is one row with pull only"
+    found = (re.fullmatch(r"AD_CAM__pull__(\d+)_neighbors", p.stem) for p in sorted((a.work / "masks" / "irnet").glob("*.safetensors")))
+    return next((f"{PULL}, {m[1]} neighbors" for m in found if m), PULL)
+
+
+def exchanged(wide: str) -> list[tuple]:
+    "(seeds, boundaries, without floor?) of every walk"
+    return [(CAM, CAM, False), (CAM, wide, False), (wide, wide, False), (wide, CAM, False), (RAW, RAW, False), (RAW, wide, False), (RAW, RAW, True), (RAW, wide, True)]
 
 
 def kept_maps(a, list_name: str) -> dict[str, np.ndarray]:
     "{id/folder: (n,h,w)} of the rows that walk here"
-    wanted, found = {folder(n) for n in (RAW, CAM, WIDE)}, {}
+    wanted, found = {folder(n) for n in (RAW, CAM, widest(a))}, {}
     for path in sorted((a.work / "masks" / "maps").glob(f"{list_name}-*.npz")):
         with np.load(path) as z: found |= {n: z[n] for n in z.files if n.partition("/")[2] in wanted}
     return found
 
 
 @torch.no_grad()
-def count(a, ds, maps: dict, nets: dict) -> tuple[dict, list]:
+def count(ds, maps: dict, nets: dict, walks: list) -> tuple[dict, list]:
     "{walk: Sweep} of a list, and the floor of every raw map"
-    sweeps, floors = {w: Sweep(len(ds.classes), THRESHOLDS) for w in WALKS}, []
+    sweeps, floors = {w: Sweep(len(ds.classes), THRESHOLDS) for w in walks}, []
     for i in tqdm(range(len(ds)), desc="walks", unit="image", disable=not sys.stderr.isatty()):
         sample = ds[i]
         size, keys, edges = sample.image.shape[:2], np.flatnonzero(sample.label), {n: edge_map(net, sample.image) for n, net in nets.items()}
-        for seed, boundaries, flat in WALKS:
+        for seed, boundaries, flat in walks:
             m = torch.from_numpy(maps[f"{sample.id}/{folder(seed)}"].astype(np.float32))                          # (n,h,w), maximum 1
             low = m.amin((-2, -1), keepdim=True)                                                                # (n,1,1)
             if flat: floors += low.ravel().tolist()
@@ -79,11 +90,12 @@ def main(argv=None) -> int:
     began, lists = time.process_time(), {}
     for n, m in zip(a.lists, a.photographs): lists[n] = voc.spread_part(voc.spread_part(VOCFolder(a.data, n), a.limit), m)
     source = voc.Source(a.network, len(lists[a.lists[0]].classes), a.cnn_weights)
-    nets = {n: load_irnet(boundary_network(source), irnet_file(a, n)).eval() for n in (RAW, CAM, WIDE)}
-    counted = {n: count(a, ds, kept_maps(a, n), nets) for n, ds in lists.items()}
+    walks = exchanged(widest(a))
+    nets = {n: load_irnet(boundary_network(source), irnet_file(a, n)).eval() for n in (RAW, CAM, widest(a))}
+    counted = {n: count(ds, kept_maps(a, n), nets, walks) for n, ds in lists.items()}
     rows = []
     for n, other in (a.lists, a.lists[::-1]):
-        for w in WALKS:
+        for w in walks:
             seed, boundaries, flat = w
             told = dict(split=n, n=len(lists[n]), seeds=seed, boundaries=boundaries, floor="removed" if flat else "kept")
             rows += [told | {v: r[v] for v in ("rule", "t", "miou", "fp", "fn")} for r in side_by_side(counted[n][0][w], counted[other][0][w])]
