@@ -93,18 +93,19 @@ def steps(a) -> dict[str, Step]:
     named = [f"{k}={Path(f).resolve()}" for k, f in (("cnn_weights", a.cnn_weights), ("vit_weights", a.vit_weights)) if f]
     masks, boundaries = dict(limit=n or 500), ["--rows", 8, "--every", 1 if few else 2, "--irn", "crop=384,batch=8", "--irn-epochs", 1 if few else 6]
     learned = ["--seg", "crop=257,batch=16", "--seg-iterations", 2 if few else 500, "--seg-rows", 1 if few else 4]
-    effort = f"learn={n},advcam=1,rib_steps=1,rib_others=1,rib_crop=64,channels=2,recam_steps=2,seam_epochs=1,oaa_epochs=1,integral_epochs=1,affinity={n},affinity_epochs=1,batch=2" if few else "advcam=13,channels=32,affinity=250"
+    effort = f"learn={n},advcam=1,rib_steps=1,rib_others=1,rib_crop=64,channels=2,recam_steps=2,seam_epochs=1,oaa_epochs=2,integral_epochs=1,affinity={n},affinity_epochs=1,batch=2" if few else "advcam=13,channels=32,affinity=250"
     reported = a.lists.split(",")[0]
     return dict(
         count=Step(measure("all", *(["--epochs", 1] if few else [])), [a.counts / f"frozen-{reported}.npz", trained], weights),
         table3=drawn("table3"), fig4=drawn("fig4"), fig5=drawn("fig5"), fig6=drawn("fig6"),
         fig2_3=Step(paper("fig2_3", f"data={Path(a.data or '.').resolve()}", f"photo_list={reported}", f"vit={a.network.split('+')[-1]}", f"n_images={n or 200}", *([f"image={min(2, n - 1)}"] if few else []),
                           *(f for f in named if f.startswith("vit")), *([f"vit_saw={a.vit_saw}"] if a.vit_saw else [])), [a.out / "fig2_3.json"], weights[-1:]),
-        scales=Step([TOOLS / "voc_scales.py", *lists, *pair, *vit, "--trained", trained, "--work", a.work / "scales", "--photographs", f"{n},{n}" if few else "37,24", "--out", a.out], [a.out / "scales.json"], [trained], after=("count",)),
+        scales=Step([TOOLS / "voc_scales.py", *lists, *pair, *vit, "--trained", trained, "--work", a.work / "scales", "--photographs", f"{n},{n}" if few else "37,24", *saw, "--out", a.out], [a.out / "scales.json"], [trained], after=("count",)),
         masks=Step(measure("masks", *boundaries, **masks), [a.counts / "masks.json"], [trained], after=("count",)),
-        walks=Step([TOOLS / "voc_walks.py", *lists, *pair, "--work", a.work, "--limit", masks["limit"], "--photographs", f"{n},{n}" if few else "250,156", "--out", a.out], [a.out / "walks.json"], sorted((a.work / "masks/irnet").glob("*.safetensors")), after=("masks",)),
+        walks=Step([TOOLS / "voc_walks.py", *lists, *pair, *vit, *saw, "--work", a.work, "--limit", masks["limit"], "--photographs", f"{n},{n}" if few else "250,156", "--out", a.out], [a.out / "walks.json"], sorted((a.work / "masks/irnet").glob("*.safetensors")), after=("masks",)),
         baselines=Step(measure("baselines", "--seeds", 0, "--few", f"{n},{n}" if few else "40,40", "--more", f"{n},{n}" if few else "120,80", "--effort", effort), [a.counts / "baselines.json"], [trained], after=("count", "masks")),
-        table2=Step(paper("table2", f"data={Path(a.data or '.').resolve()}", f"network={a.network}", f"weights={trained.resolve()}", *named, f"lists={reported}", "related=False", f"timed_images={1 if few else 4}", f"limit={n}"),
+        table2=Step(paper("table2", f"data={Path(a.data or '.').resolve()}", f"network={a.network}", f"weights={trained.resolve()}", *named, f"lists={reported}", "related=False", f"timed_images={1 if few else 4}", f"limit={n}",
+                          *([f"saw={a.cnn_saw};{a.vit_saw}"] if saw else [])),
                     [a.out / "table2.json"], [trained], after=("count",)),
         segment=Step(measure("segment", "--rows", 8, *learned, **masks), [a.counts / "masks.json"], sorted((a.work / "masks/irnet").glob("*.safetensors")), after=("masks",)),
         table1=drawn("table1"))

@@ -1,6 +1,6 @@
 """What decides a walk on PASCAL VOC, the map or its boundaries? Seeds walked with another row's boundaries, and without their floor: results/voc/walks.json.
 
-    python tools/voc_walks.py --data FOLDER --cnn-weights lite0.safetensors --work FOLDER
+    python tools/voc_walks.py --data FOLDER --cnn-weights lite0.safetensors --vit-weights dinov2.safetensors --work FOLDER
 
 `--work` is the work folder of tools/voc_measure.py after its step `masks` with seven rows: maps and boundary networks are read from there.
 A map's *floor* is its smallest value; without it a map is (m - min)/(max - min). Each list gets the threshold that the other one prefers.
@@ -32,11 +32,14 @@ def options(argv=None):
     p.add_argument("--data", required=True, help="folder in PASCAL VOC layout, with masks")
     p.add_argument("--network", default=PAIR, help="CNN+VIT, timm names")
     p.add_argument("--cnn-weights", default="", help="pre-trained file of the CNN")
+    p.add_argument("--vit-weights", default="", help="pre-trained file of the ViT that made the maps, for the ledger")
     p.add_argument("--work", required=True, type=Path, help="work folder of tools/voc_measure.py")
     p.add_argument("--lists", default="val,train_2007", help="list that is reported, list that thresholds are chosen on")
     p.add_argument("--limit", type=int, default=500, help="photographs of each list that voc_measure.py was given; 0: all")
     p.add_argument("--photographs", default="250,156", help="how many of them, evenly spread")
     p.add_argument("--out", default="results/voc", help="folder of walks.json")
+    p.add_argument("--cnn-saw", default=voc.SAW["cnn"], help="what the CNN's weights were trained on, for the ledger")
+    p.add_argument("--vit-saw", default=voc.SAW["vit"], help="the same for the ViT")
     a = p.parse_args(argv)
     a.lists, a.photographs = a.lists.split(","), [int(n) for n in a.photographs.split(",")]
     if len(a.lists) != 2 or len(a.photographs) != 2: p.error("--lists and --photographs take two values each, such as val,train_2007 and 250,156")
@@ -89,7 +92,7 @@ def main(argv=None) -> int:
     torch.set_num_threads(1)
     began, lists = time.process_time(), {}
     for n, m in zip(a.lists, a.photographs): lists[n] = voc.spread_part(voc.spread_part(VOCFolder(a.data, n), a.limit), m)
-    source = voc.Source(a.network, len(lists[a.lists[0]].classes), a.cnn_weights)
+    source = voc.Source(a.network, len(lists[a.lists[0]].classes), a.cnn_weights, a.vit_weights)
     walks = exchanged(widest(a))
     nets = {n: load_irnet(boundary_network(source), irnet_file(a, n)).eval() for n in (RAW, CAM, widest(a))}
     counted = {n: count(ds, kept_maps(a, n), nets, walks) for n, ds in lists.items()}
@@ -101,7 +104,7 @@ def main(argv=None) -> int:
             rows += [told | {v: r[v] for v in ("rule", "t", "miou", "fp", "fn")} for r in side_by_side(counted[n][0][w], counted[other][0][w])]
     origin = provenance(seeds=[0], settings=dict(network=a.network, limit=a.limit, chosen="each list at the threshold that the other one prefers", device="CPU, one thread"),
                         data={n: ds.fingerprint() for n, ds in lists.items()}, checkpoints=[str(irnet_file(a, n)) for n in nets], seconds=time.process_time() - began)
-    path = save_result("walks", rows, a.out, origin, mean_floor={n: float(np.mean(c[1])) for n, c in counted.items()})
+    path = save_result("walks", rows, a.out, origin, ledger=voc.ledger_rows(source.prints(), dict(cnn=a.cnn_saw, vit=a.vit_saw), {n: len(ds) for n, ds in lists.items()}), mean_floor={n: float(np.mean(c[1])) for n, c in counted.items()})
     print(to_markdown([r | {v: f"{100 * r[v]:.1f}" for v in ("miou", "fp", "fn")} for r in rows if (r["split"], r["rule"]) == (a.lists[0], "fixed")]))
     print(path)
     return 0
