@@ -25,7 +25,7 @@ from safetensors.torch import save
 from timm.layers import BatchNormAct2d, DropPath
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
-from .devices import PRECISIONS, check_precision, memory_for, numerics, pick_device, tf32
+from .devices import PRECISIONS, check_precision, memory_for, memory_kept, numerics, pick_device, tf32
 from .files import atomic_write, dead_workers_in_words, difference
 
 # %% ../nbs/03b_training.ipynb #b8a2bacd
@@ -134,11 +134,11 @@ def arithmetic(
     what: str,            # see `told`
     lower: str,           # see `told`
 ) -> Iterator[None]:
-    "Open this around a training: TF32 as the precision says (autocast is accelerate's part), cuDNN's deterministic kernels, errors from outside in words, `released` at the end"
+    "Open this around a training: TF32 as the precision says (autocast is accelerate's part), cuDNN's deterministic kernels, memory kept between steps, errors from outside in words, `released` at the end"
     cudnn = torch.backends.cudnn
     before, cudnn.deterministic = cudnn.deterministic, True
     try:
-        with told(what, lower), tf32(precision_name(precision) != "fp32"): yield
+        with told(what, lower), memory_kept(next(net.parameters()).device), tf32(precision_name(precision) != "fp32"): yield
     finally:
         cudnn.deterministic = before
         released(net)
