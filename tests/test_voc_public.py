@@ -1,4 +1,5 @@
 """One command for all of results/voc: what it does, in which order, and what it leaves out. The steps themselves are tested elsewhere."""
+import json
 import subprocess
 from pathlib import Path
 
@@ -56,6 +57,12 @@ def test_every_file_of_the_committed_results_has_a_step(public, photographs):
     there = {p.stem for p in HERE.glob("*.json")} - {"kit"}       # of `make voc`
     beside = dict(why="table3", baselines="table1")               # written by the same notebook
     assert {beside.get(n, n) for n in there} <= set(public.steps(a))
+
+
+@pytest.mark.parametrize("path", sorted(p for p in HERE.glob("*.json") if p.stem != "kit"), ids=lambda p: p.stem)
+def test_every_result_says_who_saw_what(path):
+    told = json.loads(path.read_text())["ledger"]
+    assert told and all(r["saw"] for r in told) and any("vit_small" in r["network"] for r in told)
 
 
 def test_a_step_comes_after_those_it_reads_from(public, photographs):
