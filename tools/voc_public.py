@@ -19,6 +19,7 @@ from typing import NamedTuple
 from adcam.cost import duration
 from adcam.files import atomic_write
 from adcam.pipeline import file_sha256
+from adcam.voc import SAW
 
 TOOLS = Path(__file__).resolve().parent
 PAIR = "tf_efficientnet_lite0+vit_small_patch14_dinov2"
@@ -99,13 +100,13 @@ def steps(a) -> dict[str, Step]:
         count=Step(measure("all", *(["--epochs", 1] if few else [])), [a.counts / f"frozen-{reported}.npz", trained], weights),
         table3=drawn("table3"), fig4=drawn("fig4"), fig5=drawn("fig5"), fig6=drawn("fig6"),
         fig2_3=Step(paper("fig2_3", f"data={Path(a.data or '.').resolve()}", f"photo_list={reported}", f"vit={a.network.split('+')[-1]}", f"n_images={n or 200}", *([f"image={min(2, n - 1)}"] if few else []),
-                          *(f for f in named if f.startswith("vit")), *([f"vit_saw={a.vit_saw}"] if a.vit_saw else [])), [a.out / "fig2_3.json"], weights[-1:]),
+                          *(f for f in named if f.startswith("vit")), *(["vit_saw=" + json.dumps(a.vit_saw)] if a.vit_saw else [])), [a.out / "fig2_3.json"], weights[-1:]),
         scales=Step([TOOLS / "voc_scales.py", *lists, *pair, *vit, "--trained", trained, "--work", a.work / "scales", "--photographs", f"{n},{n}" if few else "37,24", *saw, "--out", a.out], [a.out / "scales.json"], [trained], after=("count",)),
         masks=Step(measure("masks", *boundaries, **masks), [a.counts / "masks.json"], [trained], after=("count",)),
         walks=Step([TOOLS / "voc_walks.py", *lists, *pair, *vit, *saw, "--work", a.work, "--limit", masks["limit"], "--photographs", f"{n},{n}" if few else "250,156", "--out", a.out], [a.out / "walks.json"], sorted((a.work / "masks/irnet").glob("*.safetensors")), after=("masks",)),
         baselines=Step(measure("baselines", "--seeds", 0, "--few", f"{n},{n}" if few else "40,40", "--more", f"{n},{n}" if few else "120,80", "--effort", effort), [a.counts / "baselines.json"], [trained], after=("count", "masks")),
         table2=Step(paper("table2", f"data={Path(a.data or '.').resolve()}", f"network={a.network}", f"weights={trained.resolve()}", *named, f"lists={reported}", "related=False", f"timed_images={1 if few else 4}", f"limit={n}",
-                          *([f"saw={a.cnn_saw};{a.vit_saw}"] if saw else [])),
+                          "saw=" + json.dumps(f"{a.cnn_saw or SAW['cnn']}; {a.vit_saw or SAW['vit']}")),
                     [a.out / "table2.json"], [trained], after=("count",)),
         segment=Step(measure("segment", "--rows", 8, *learned, **masks), [a.counts / "masks.json"], sorted((a.work / "masks/irnet").glob("*.safetensors")), after=("masks",)),
         table1=drawn("table1"))
