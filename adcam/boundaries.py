@@ -25,11 +25,11 @@ from torch.utils.data import DataLoader, Dataset
 from .progress import tqdm
 from .classifier import PolySGD
 from .conformer import read_weights
-from .data import image_of, to_tensor, weak_sample
+from .data import image_of, normalized, on_canvas, to_tensor, weak_sample
 from .files import label_source, one_at_a_time
 from .folders import MAX_SIDE
 from .training import (EpochBatches, arithmetic, check_mixed_precision, check_numbers, make_accelerator, model_fingerprint, origin, precision_name, read_run, save_weights,
-                            settings_of, train_epochs, untouched)
+                            settings_of, train_epochs, untouched, view_workers)
 from .walk import affinity, pair_tables, path_index
 
 # %% ../nbs/10c_boundaries.ipynb #6cd628dd
@@ -285,8 +285,8 @@ def _window(rng, n, crop):
     return (0, at, n) if n < crop else (at, 0, crop)
 
 # %% ../nbs/10c_boundaries.ipynb #6aaf362a
-def _pair_view(image, label, crop, scale, rng):
-    "A random view of image and label: (3,crop,crop) normalized and (crop/4,crop/4) int64"
+def _pair_view(image, label, crop, scale, rng, pixels=False):
+    "A random view of image and label: (3,crop,crop) normalized, or `pixels` as `on_canvas` gives them, and (crop/4,crop/4) int64"
     factor = rng.uniform(*scale)
     h, w = (max(1, round(n*factor)) for n in label.shape)
     image = Image.fromarray(image).resize((w, h), Image.Resampling.BICUBIC)
@@ -294,10 +294,14 @@ def _pair_view(image, label, crop, scale, rng):
     flip = rng.random() < .5
     (y, cy, ch), (x, cx, cw) = _window(rng, h, crop), _window(rng, w, crop)
     part, marks = (np.asarray(m)[y:y + ch, x:x + cw] for m in (image, label))
-    view, canvas = torch.zeros(3, crop, crop), np.full((crop, crop), 255, np.uint8)
-    view[:, cy:cy + ch, cx:cx + cw], canvas[cy:cy + ch, cx:cx + cw] = to_tensor(part), marks
+    canvas = np.full((crop, crop), 255, np.uint8)
+    canvas[cy:cy + ch, cx:cx + cw] = marks
     marks = torch.from_numpy(canvas[2::4, 2::4].astype(np.int64))              # nearest, as PIL reduces
-    return (view.flip(-1), marks.flip(-1)) if flip else (view, marks)
+    if flip: part, cx, marks = part[:, ::-1], crop - cx - cw, marks.flip(-1)
+    if pixels: return on_canvas(part, cy, cx, crop), marks
+    view = torch.zeros(3, crop, crop)
+    view[:, cy:cy + ch, cx:cx + cw] = to_tensor(np.ascontiguousarray(part))
+    return view, marks
 
 # %% ../nbs/10c_boundaries.ipynb #e0eca148
 class IRViews(Dataset):
@@ -307,11 +311,12 @@ class IRViews(Dataset):
                  labels: str|Path|Callable,    # folder of `<id>.png`, or a function Sample -> (H,W) uint8
                  crop: int = 512,              # side of a view, a multiple of 4
                  scale: tuple = (.5, 1.5),     # range of the random rescale
-                 seed: int = 0                 # of the augmentation
+                 seed: int = 0,                # of the augmentation
+                 pixels: bool = False          # give bytes and their box, as `adcam.data.normalized` wants them, instead of a normalized view
                 ):
         if crop < 4 or crop % 4: raise ValueError(f"crop is {crop}; it must be a multiple of 4, the stride of the heads")
         if not 0 < scale[0] <= scale[1]: raise ValueError(f"scale is {scale}; expected (low, high) with 0 < low <= high")
-        self.ds, self.labels, self.crop, self.scale, self.seed = ds, labels, crop, tuple(scale), seed
+        self.ds, self.labels, self.crop, self.scale, self.seed, self.pixels = ds, labels, crop, tuple(scale), seed, pixels
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()       # shared, so that living workers see set_epoch
 
     def set_epoch(self, epoch: int): self._epoch.fill_(epoch)
@@ -323,10 +328,10 @@ class IRViews(Dataset):
         if label.shape != sample.image.shape[:2]: raise ValueError(f"the IR label of {sample.id} is {label.shape}, its image {sample.image.shape[:2]}; make it again")
         return label
 
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, i: int) -> tuple[Tensor|tuple[Tensor, Tensor], Tensor]:  # view, and label (crop/4,crop/4) int64
         s = self.ds[i] if callable(self.labels) else weak_sample(self.ds, i)
         rng = np.random.default_rng((self.seed, int(self._epoch), i))
-        return _pair_view(s.image, self.label(s), self.crop, self.scale, rng)
+        return _pair_view(s.image, self.label(s), self.crop, self.scale, rng, self.pixels)
 
 # %% ../nbs/10c_boundaries.ipynb #13eb81da
 def _read_png(path, what, maker):
@@ -352,11 +357,11 @@ class IRNetConfig:
     radius: int = 10                  # of the pairs, cells
     seed: int = 0                     # of order and views
     mixed_precision: str = "fp32"     # "fp32", "tf32" or "bf16"
-    workers: int = 0                  # processes that prepare views
+    workers: int|None = None          # processes that prepare views; None: as many as are useful
 
 # %% ../nbs/10c_boundaries.ipynb #17ccbe25
 def _check_config(c):
-    check_numbers(c, at_least_1=("epochs", "batch", "radius"), above_0=("lr_edge", "lr_displacement", "power"))
+    check_numbers(c, at_least_1=("epochs", "batch", "radius"), above_0=("lr_edge", "lr_displacement", "power"), at_least_0=("workers",))
     check_mixed_precision(c, ("fp32", "tf32", "bf16"))
     path_index(c.radius, (c.crop//4, c.crop//4))  # refuses a crop without pairs
 
@@ -368,9 +373,14 @@ def _run_settings(model, ds, labels, c, acc):
                        **origin(model, acc.device, precision_name(c.mixed_precision), *code))
 
 # %% ../nbs/10c_boundaries.ipynb #52ce532c
+def _to_device(device, x, *others):
+    "Views (B,3,crop,crop) and what else a batch has on the device; bytes are normalized there"
+    send = lambda v: v.to(device, non_blocking=True)
+    return (send(x) if isinstance(x, Tensor) else normalized(*map(send, x)).contiguous(), *map(send, others))
+
 def _gradients(acc, net, batch, c, num_classes):
     "Gradients of this process' share; the losses of the whole batch"
-    x, label = (v.to(acc.device) for v in batch)
+    x, label = _to_device(acc.device, *batch)
     losses = irn_loss(*net(x), label, c.radius, num_classes, reduce=lambda n: acc.reduce(n, "sum"), processes=acc.num_processes)
     acc.backward(losses["loss"])
     return losses
@@ -391,9 +401,10 @@ def train_irnet(
     "Train the two heads by pairs of confident labels, then set the mean shift (IRN, Ahn et al. 2019). Several processes by `accelerate launch`."
     c, out = config, None if out is None else Path(out)
     _check_config(c)
-    acc, views = accelerator or make_accelerator(c.mixed_precision, device), IRViews(ds, labels, c.crop, c.scale, c.seed)
+    acc = accelerator or make_accelerator(c.mixed_precision, device)
+    views = IRViews(ds, labels, c.crop, c.scale, c.seed, pixels=acc.device.type == "cuda")
     order = EpochBatches(len(views), c.batch, c.seed, acc.process_index, acc.num_processes)
-    loader = DataLoader(views, batch_sampler=order, num_workers=c.workers, pin_memory=acc.device.type == "cuda")
+    loader = DataLoader(views, batch_sampler=order, num_workers=(workers := view_workers(c.workers, acc.device)), pin_memory=acc.device.type == "cuda")
     run, rates = dict(epoch=0, history=[], settings=_run_settings(model, ds, labels, c, acc)), (c.lr_edge, c.lr_displacement)
     groups = [dict(params=p, lr=lr) for p, lr in zip(model.heads().values(), rates) if p]
     net, optimizer = model.to(acc.device), PolySGD(groups, c.epochs*len(loader), c.weight_decay, c.power, c.momentum)
@@ -407,28 +418,33 @@ def train_irnet(
           tqdm(total=c.epochs*len(loader), initial=run["epoch"]*len(loader), desc="IRNet", disable=not (progress and acc.is_main_process)) as bar):
         train_epochs(acc, net, optimizer, run, c.epochs, loader, lambda batch: _gradients(acc, net, batch, c, len(ds.classes)), out=out, begin=lambda epoch: net.train(), leave_out=fixed,
                      bar=bar, remedy=lambda: f"lower lr_edge ({c.lr_edge}) and lr_displacement ({c.lr_displacement}), or look for NaN in the images")
-    if model.displacement: set_mean_shift(model, ds, c.crop, c.batch)
+    if model.displacement:                                            # in the training's arithmetic, but not in half precision
+        with arithmetic(model, c.mixed_precision, f"the mean shift of {c.batch} crops of {c.crop}x{c.crop}", "batch or crop"): set_mean_shift(model, ds, c.crop, c.batch, workers)
     model.eval()
     if out and acc.is_main_process: save_weights(model, out/"irnet.safetensors")
     return run["history"]
 
 # %% ../nbs/10c_boundaries.ipynb #e372ef39
+class _Corners(Dataset):
+    "Top-left crops of all images, as bytes"
+    def __init__(self, ds, crop): self.ds, self.crop = ds, crop
+    def __len__(self): return len(self.ds)
+    def __getitem__(self, i): return on_canvas(image_of(self.ds, i)[:self.crop, :self.crop], 0, 0, self.crop)
+
 @torch.no_grad()
 def set_mean_shift(
     model: IRNet,      # with a displacement head
     ds: Any,           # data set
     crop: int = 512,   # top-left crops of this side
     batch: int = 32,   # images per batch
+    workers: int = 0,  # processes that read them
 ) -> Tensor:           # (2,) the new mean
     "Mean over batches of the batch means of D (IRN, Ahn et al. 2019); leaves the model in eval mode"
     device, means = next(model.parameters()).device, []
     model.eval(); model.mean_shift.running_mean.zero_()
-    for start in range(0, len(ds), batch):
-        x = torch.zeros(min(batch, len(ds) - start), 3, crop, crop)
-        for j in range(len(x)):
-            part = to_tensor(image_of(ds, start + j)[:crop, :crop].copy())
-            x[j, :, :part.shape[1], :part.shape[2]] = part
-        means.append(model(x.to(device))[1].mean((0, 2, 3)))
+    own = torch.Generator()                                           # a loader draws a number: not from that of everybody
+    for crops in DataLoader(_Corners(ds, crop), batch, num_workers=workers, pin_memory=device.type == "cuda", generator=own):
+        means.append(model(*_to_device(device, crops))[1].mean((0, 2, 3)))
     model.mean_shift.running_mean.copy_(torch.stack(means).mean(0))
     return model.mean_shift.running_mean
 

@@ -26,7 +26,7 @@ from .data import TrainViews, normalized, to_tensor
 from .devices import memory_for, numerics, tf32
 from .files import atomic_write, one_at_a_time
 from .training import (EpochBatches, Late, arithmetic, check_mixed_precision, check_numbers, device_of, make_accelerator, my_rows, need, origin, precision_name,
-                            read_run, save_weights, settings_of, train_epochs, train_mode, whole_batch)
+                            read_run, save_weights, settings_of, train_epochs, train_mode, view_workers, whole_batch)
 
 # %% ../nbs/04_classifier.ipynb #99a605d7
 _all_ = ["EpochBatches", "Late", "save_weights"]  # of the loop, told in 03b
@@ -138,7 +138,7 @@ class TrainConfig:
     resize:tuple|None = (320, 640) # range of the long side before the crop; None keeps the size
     seed:int = 0 # of order, augmentation and drop path
     mixed_precision:str = "fp32" # "fp32", "tf32", "bf16", or "fp16" on a GPU
-    workers:int = 0 # processes that prepare views
+    workers:int|None = None # processes that prepare views; None: as many as are useful
 
 # %% ../nbs/04_classifier.ipynb #d8998d3c
 @dataclass(frozen=True)
@@ -288,7 +288,8 @@ def _loader(acc, ds, c):
     "Views, order and loader of this process"
     views = TrainViews(ds, c.crop, c.resize, c.seed, pixels=acc.device.type=="cuda")
     order = EpochBatches(len(views), c.batch, c.seed, acc.process_index, acc.num_processes)
-    loader = DataLoader(views, batch_sampler=order, num_workers=c.workers, persistent_workers=c.workers>0, pin_memory=acc.device.type=="cuda")
+    workers = view_workers(c.workers, acc.device)
+    loader = DataLoader(views, batch_sampler=order, num_workers=workers, persistent_workers=workers>0, pin_memory=acc.device.type=="cuda")
     return loader
 
 # %% ../nbs/04_classifier.ipynb #ca34c0fb
@@ -304,6 +305,7 @@ def _loop(acc, task, optimizer, run, c, loader, bar, out, callback, parts=1, own
     def begin(epoch): _seed_epoch(c.seed, epoch); train_mode(task, c.freeze_bn)
     def done(epochs):
         if callback and acc.is_main_process: callback(model.eval(), epochs, run["history"])
+        if callback: acc.wait_for_everyone()                # who reads what a callback writes finds it whole
     def remedy():
         rates = _rates(optimizer) if own else dict(lr_vit=c.lr_vit, lr_cnn=c.lr_cnn)
         return f"lower the learning rates ({', '.join(f'{k} {v:.3g}' for k, v in rates.items())}), use clip_norm=1, or check the images for NaN"

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['app', 'Data', 'Split', 'Images', 'Device', 'Precision', 'data_app', 'AnySize', 'Processes', 'Where', 'Network',
-           'Weights', 'CnnWeights', 'VitWeights', 'Workers', 'DetachAfter', 'TrainingSeed', 'Coupled', 'OnlyEstimate',
-           'Anyway', 'RunFolder', 'Batch', 'Crop', 'CnnName', 'ImageNet', 'irnet_app', 'Recipe', 'AllCores',
-           'SmallBackbone', 'OtherBranch', 'Pair', 'segment_app', 'SegNet', 'SegProfile', 'Backbone', 'Pictures',
-           'Overlay', 'ClassesWanted', 'BothNames', 'Trained', 'ClassNames', 'Layers', 'Threshold', 'MaskFolder',
-           'MapFolder', 'main', 'version', 'scenes', 'Kind', 'Published', 'check', 'get', 'convert', 'weights',
-           'profile', 'seeds', 'seeds_check', 'seeds_merge', 'evaluate', 'show', 'Form', 'export_command',
+           'Weights', 'CnnWeights', 'VitWeights', 'Workers', 'DetachAfter', 'TrainingSeed', 'Coupled', 'Deterministic',
+           'OnlyEstimate', 'Anyway', 'RunFolder', 'Batch', 'Crop', 'CnnName', 'ImageNet', 'irnet_app', 'Recipe',
+           'AllCores', 'SmallBackbone', 'OtherBranch', 'Pair', 'segment_app', 'SegNet', 'SegProfile', 'Backbone',
+           'Pictures', 'Overlay', 'ClassesWanted', 'BothNames', 'Trained', 'ClassNames', 'Layers', 'Threshold',
+           'MaskFolder', 'MapFolder', 'main', 'version', 'scenes', 'Kind', 'Published', 'check', 'get', 'convert',
+           'weights', 'profile', 'seeds', 'seeds_check', 'seeds_merge', 'evaluate', 'show', 'Form', 'export_command',
            'import_command', 'train', 'train_heads', 'train_cam_command', 'train_recam_command', 'train_seam_command',
            'train_oaa_command', 'irnet_labels', 'irnet_train', 'irnet_masks', 'crf', 'segment_train', 'segment_predict',
            'whole_run', 'own_masks', 'explain', 'checkpoints', 'paper', 'bench']
@@ -93,9 +93,9 @@ def _images(data: str, split: str, n: Optional[int] = None, **needs):
         needs = {k: v for k, v in needs.items() if k in ("files", "suffix", "complete", "check")}
     return chosen(ds, **needs)
 
-def _dataset(data: str, split: str, n: Optional[int] = None, masks: bool = True, workers: int = 0) -> tuple:
+def _dataset(data: str, split: str, n: Optional[int] = None, masks: bool = True, workers: Optional[int] = 0) -> tuple:
     "The images that can be read, for training, and those that cannot be used."
-    picked = _images(data, split, n, masks=masks, decode=True, workers=workers)
+    picked = _images(data, split, n, masks=masks, decode=True, workers=workers or 0)
     return picked.ds, picked.skipped
 
 # %% ../nbs/14_cli.ipynb #23c3305e
@@ -231,10 +231,11 @@ Network = Annotated[str, typer.Option(help="A Conformer (mini, tiny, small, base
 Weights = Annotated[Optional[Path], typer.Option(help="File of trained weights; the shipped ones of conformer_mini or resnet_mini if not given.")]
 CnnWeights = Annotated[Optional[Path], typer.Option("--cnn-weights", help="Of a pair: pre-trained file of the CNN.")]
 VitWeights = Annotated[Optional[Path], typer.Option("--vit-weights", help="Of a pair: pre-trained file of the ViT.")]
-Workers = Annotated[int, typer.Option(min=0, help="Processes that prepare views.")]
-DetachAfter = Annotated[str, typer.Option(help="Last layer that is not trained: layer2 (IRN), bn1 (AdvCAM, ReCAM).")]
+Workers = Annotated[Optional[int], typer.Option(min=0, help="Processes that prepare views; with a GPU up to 8 if not given, else none.")]
+DetachAfter = Annotated[Optional[str], typer.Option(help="Last layer that is not trained: bn1 (AdvCAM, ReCAM); if not given layer2 (IRN), where the network has one.")]
 TrainingSeed = Annotated[int, typer.Option("--seed", help="Which of the shipped networks: 0, 1 or 2.")]
 Coupled = Annotated[bool, typer.Option("--coupled", help="The shipped network trained without stop-gradient.")]
+Deterministic = Annotated[bool, typer.Option("--deterministic", help="Same bits from every training on a GPU, slower; on a CPU they always are.")]
 
 # %% ../nbs/14_cli.ipynb #e5112fad
 def _two_branches(network: str, classes: int, cnn: Optional[Path] = None, vit: Optional[Path] = None, seed: int = 0, **switches):
@@ -345,7 +346,7 @@ def _tell_seeds_cost(model, ds, out: Path, method: str, views: dict, options: di
         todo = [i for i, name in enumerate(part.ids) if force or not (out / f"{name}.npz").exists()]
         if not todo:
             return
-        found = estimate(replace(profiles["voc"], **views), model, part, method, options, processes=processes, precision=precision, todo=todo, lower="--scales, --processes, or the size of the photographs; or leave out the mirrored views (--no-flip)")
+        found = estimate(replace(profiles["voc"], **views), model, part, method, options, processes=processes, precision=precision, todo=todo, lower="--scales, --processes, or the size of the photographs; or leave out the mirrored views (--no-flip)" + "; --option group=8 (memory), --option channels=64 (time)" * (method == "score_cam"))
     except (ValueError, OSError) as error:
         if only or isinstance(error, MemoryError):
             raise
@@ -646,25 +647,26 @@ def train(
     batch: Annotated[Optional[int], typer.Option(min=1, help="Images per step over all processes.")] = None,
     crop: Crop = None,
     seed: Annotated[int, typer.Option(help="Seed of order, views and drop path.")] = 0,
-    precision: Precision = "fp32", device: Device = "auto",
+    precision: Precision = "fp32", device: Device = "auto", deterministic: Deterministic = False,
     freeze_bn: Annotated[bool, typer.Option("--freeze-bn", help="Keep the BatchNorm statistics of the start weights.")] = False,
     sync_bn: Annotated[bool, typer.Option("--sync-bn/--no-sync-bn", help="BatchNorm statistics of the whole batch, if there are several processes.")] = True,
     accumulate: Annotated[int, typer.Option(min=1, help="Parts into which a process cuts its share of a batch.")] = 1,
     hold_out: Annotated[bool, typer.Option("--hold-out", help="Keep a fifth of the images out of the training and judge the classifier on it.")] = False,
-    workers: Workers = 0,
+    workers: Workers = None,
 ) -> None:
     "Train the two branches on image labels. One loss each; a run that was stopped continues."
     from adcam.networks import save_trained, train_network
     from adcam.pipeline import profiles
     from adcam.run import train_config
     from adcam.seeds import launched
+    from adcam.training import repeatable
     usual, (ds, skipped) = profiles["mini" if data == "mini" else "voc"], _dataset(data, split, n, masks=False, workers=workers)
     total, model = len(ds) + len(skipped), _two_branches(network, len(ds.classes), cnn_weights, vit_weights, seed, stop_grad=stop_grad)
     _start_from(model, start)
     ds, judged, on = _kept_back(ds, hold_out)
     rank, several = launched()
     config = train_config(usual, **_given(epochs=epochs, batch=batch, crop=crop), seed=seed, mixed_precision=precision, workers=workers, freeze_bn=freeze_bn, sync_bn=sync_bn and several > 1 and not freeze_bn)
-    train_network(model, ds, config, train_vit, out=out, accumulate=accumulate, device=device)
+    with repeatable(deterministic): train_network(model, ds, config, train_vit, out=out, accumulate=accumulate, device=device)
     if rank == 0:
         typer.echo(f"wrote {save_trained(model, out / 'weights.safetensors', network, classes=list(ds.classes))}")
         _tell_learned(model, judged, on)
@@ -713,9 +715,10 @@ def _new_cnn(backbone: str, classes: int, imagenet: Optional[str], detach_after:
     torch.manual_seed(seed)
     if backbone == "resnet_mini":
         return load_backbone(resnet_mini(classes), imagenet or mini_path("pretrained"))
-    if backbone == "cam_resnet50":
-        return cam_resnet50(classes, weights=imagenet, detach_after=detach_after)
-    return CamNet(backbone, classes, weights=imagenet, detach_after=detach_after)
+    net = cam_resnet50(classes, weights=imagenet, detach_after=None) if backbone == "cam_resnet50" else CamNet(backbone, classes, weights=imagenet)
+    if detach_after is not None or hasattr(net.backbone_net, "layer2"):
+        net.freeze(detach_after or "layer2")
+    return net
 
 # %% ../nbs/14_cli.ipynb #8fc2a417
 def _fall(history: list) -> str:
@@ -725,8 +728,10 @@ def _fall(history: list) -> str:
 def _tell_cnn(net, ds, skipped: list, history: list, out: Path) -> None:
     "Save a trained CNN and say everything about it."
     from adcam.classifier import save_weights
-    typer.echo(f"{_fall(history)}; wrote {save_weights(net, out / 'weights.safetensors')}")
-    _tell_learned(net, ds)
+    from adcam.seeds import launched
+    if launched()[0] == 0:
+        typer.echo(f"{_fall(history)}; wrote {save_weights(net, out / 'weights.safetensors')}")
+        _tell_learned(net, ds)
     _tell_skipped(skipped, len(ds) + len(skipped))
 
 # %% ../nbs/14_cli.ipynb #c41f36d7
@@ -739,8 +744,8 @@ def train_cam_command(
     batch: Batch = 16,
     lr_backbone: Annotated[float, typer.Option(help="Learning rate of the pre-trained layers.")] = 0.1,
     lr_head: Annotated[float, typer.Option(help="Learning rate of the classifier.")] = 1.0,
-    detach_after: DetachAfter = "layer2",
-    seed: TrainingSeed = 0, workers: Workers = 0, precision: Precision = "fp32", device: Device = "auto",
+    detach_after: DetachAfter = None,
+    seed: TrainingSeed = 0, workers: Workers = None, precision: Precision = "fp32", device: Device = "auto",
 ) -> None:
     "Train a CAM network on image labels by IRN's recipe (resnet_mini: by the recipe of Scenes). A run that was stopped continues."
     from dataclasses import replace
@@ -761,7 +766,7 @@ def train_recam_command(
     batch: Batch = 16,
     crop: Crop = None,
     ce_weight: Annotated[float, typer.Option(help="Weight of the softmax loss: 1 for VOC, 0.1 for COCO.")] = 1.,
-    seed: TrainingSeed = 0, workers: Workers = 0, precision: Precision = "fp32", device: Device = "auto",
+    seed: TrainingSeed = 0, workers: Workers = None, precision: Precision = "fp32", device: Device = "auto",
 ) -> None:
     "ReCAM: train the second classifier of a trained network. Its weights are read by `adcam seeds --method recam`."
     from dataclasses import replace
@@ -785,7 +790,7 @@ def train_seam_command(
     batch: Annotated[Optional[int], typer.Option(min=1, help="Images per step over all processes; 8, on Scenes 16 if not given.")] = None,
     crop: Crop = None,
     head_only: Annotated[bool, typer.Option("--head-only", help="The network stands still, only the new head learns.")] = False,
-    seed: TrainingSeed = 0, workers: Workers = 0, precision: Precision = "fp32", device: Device = "auto",
+    seed: TrainingSeed = 0, workers: Workers = None, precision: Precision = "fp32", device: Device = "auto",
 ) -> None:
     "SEAM: go on training a CAM network so that maps follow the picture. Its weights are read by `adcam seeds --method seam`."
     from dataclasses import replace
@@ -807,27 +812,31 @@ def train_oaa_command(
     batch: Annotated[Optional[int], typer.Option(min=1, help="Images per step; 16, and 5 of OAA+ on photographs, if not given.")] = None,
     crop: Crop = None,
     rule: Annotated[str, typer.Option(help="How maps are collected: max, caffe_max, caffe_ave or caffe_harm.")] = "max",
-    detach_after: DetachAfter = "layer2",
-    seed: TrainingSeed = 0, workers: Workers = 0, precision: Precision = "fp32", device: Device = "auto",
+    detach_after: DetachAfter = None,
+    seed: TrainingSeed = 0, workers: Workers = None, precision: Precision = "fp32", device: Device = "auto",
 ) -> None:
     "OAA: collect the maps of a classifier while it learns, and train a network on them (OAA+). A run that was stopped continues."
     from dataclasses import replace
-    from adcam.baselines.oaa import INTEGRAL_MINI, IntegralConfig, oaa_seeds, train_integral, train_oaa
+    from adcam.baselines.oaa import INTEGRAL_MINI, IntegralConfig, check_crop, oaa_seeds, train_integral, train_oaa
     from adcam.classifier import save_weights
     from adcam.cnn import MINI_TRAIN, SGDConfig
+    from adcam.seeds import launched
+    rank, _ = launched()
     ds, skipped = _dataset(data, split, n, masks=False, workers=workers)
     first, second = (MINI_TRAIN, INTEGRAL_MINI) if backbone == "resnet_mini" else (SGDConfig(epochs=15), IntegralConfig())
-    start = lambda: _new_cnn(backbone, len(ds.classes), imagenet, detach_after if backbone == "cam_resnet50" else None, seed)
-    same = _given(batch=batch, crop=crop) | dict(seed=seed, workers=workers)
-    config = replace(first, **_given(epochs=epochs), **same, mixed_precision=precision)
-    history = train_oaa(net := start(), ds, config, out / "maps", out / "classifier", rule, device=device)
-    typer.echo(f"classifier: {_fall(history)}")
-    _tell_learned(net, ds)
+    start = lambda: _new_cnn(backbone, len(ds.classes), imagenet, detach_after, seed)
+    same = _given(batch=batch, crop=crop) | dict(seed=seed, workers=workers, mixed_precision=precision)
+    first, second = replace(first, **_given(epochs=epochs), **same), replace(second, **_given(epochs=integral_epochs), **same)
+    check_crop(second, (net := start()).stride)                   # not after the first training
+    history = train_oaa(net, ds, first, out / "maps", out / "classifier", rule, device=device)
+    if rank == 0:
+        typer.echo(f"classifier: {_fall(history)}")
+        _tell_learned(net, ds)
     done = oaa_seeds(ds, out / "maps", out / "seeds")
     typer.echo(f"{done['computed']} new seeds of collected maps: {out / 'seeds'}")
-    config = replace(second, **_given(epochs=integral_epochs), **same)
-    history = train_integral(net := start(), ds, out / "maps", config, out / "integral", device=device)
-    typer.echo(f"OAA+: {_fall(history)}; wrote {save_weights(net, out / 'weights.safetensors')}")
+    history = train_integral(net := start(), ds, out / "maps", second, out / "integral", device=device)
+    if rank == 0:
+        typer.echo(f"OAA+: {_fall(history)}; wrote {save_weights(net, out / 'weights.safetensors')}")
     _tell_skipped([*skipped, *done["skipped"]], len(ds) + len(skipped))
 
 # %% ../nbs/14_cli.ipynb #9f190386
@@ -912,14 +921,14 @@ def irnet_labels(
     _tell(picked.also(done["skipped"]))
 
 # %% ../nbs/14_cli.ipynb #0263bef8
-def _with_masks(folder: Path, what: str, remedy: str, data: str, split: str, n: Optional[int], workers: int = 0):
+def _with_masks(folder: Path, what: str, remedy: str, data: str, split: str, n: Optional[int], workers: Optional[int] = 0):
     "The images for which an earlier stage has left a whole PNG of the right size."
     from adcam.data import check_png, image_size, open_data
     if not any(folder.glob("*.png")):
         raise FileNotFoundError(f"{folder} has no {what}; {remedy}")
     whole = open_data(data, split, n, check=False)
     size = (lambda i: None) if data == "mini" else (lambda i: image_size(_path_of(whole, i)))
-    return _images(data, split, n, files=folder, check=lambda path, i: check_png(path, what, f"delete it and {remedy}", size(i)), decode=True, workers=workers)
+    return _images(data, split, n, files=folder, check=lambda path, i: check_png(path, what, f"delete it and {remedy}", size(i)), decode=True, workers=workers or 0)
 
 def _path_of(ds, i: int) -> Path:
     from adcam.data import Subset
@@ -938,13 +947,14 @@ def irnet_train(
     crop: Annotated[Optional[int], typer.Option(min=4, help="Side of a view in pixels, a multiple of 4.")] = None,
     radius: Annotated[Optional[int], typer.Option(min=1, help="Pairs of cells closer than this.")] = None,
     momentum: Annotated[Optional[float], typer.Option(help="Real momentum; not given: none to speak of, as in official IRN.")] = None,
-    workers: Workers = 0,
-    precision: Precision = "fp32", device: Device = "auto",
+    workers: Workers = None,
+    precision: Precision = "fp32", device: Device = "auto", deterministic: Deterministic = False,
 ) -> None:
     "Train IRNet on IR labels. A run that was stopped continues; several GPUs by `accelerate launch -m adcam.cli irnet train ...`."
     from adcam.irnet import train_irnet
     from adcam.pipeline import profiles
     from adcam.run import irnet_config
+    from adcam.training import repeatable
     _only_cnn(network, vit_weights)
     if data != "mini" and imagenet is None and conformer is None and cnn_weights is None:
         raise ValueError("IRNet's backbone is frozen, so it needs weights: give --imagenet FILE, --imagenet timm, --network CNN+VIT --cnn-weights FILE, or --conformer FILE")
@@ -955,7 +965,7 @@ def irnet_train(
     given = _given(epochs=epochs, batch=batch, crop=crop, radius=radius, momentum=momentum)
     config = irnet_config(p, len(ds), seed, workers=workers, mixed_precision=precision, **given)
     model = _irnet(data, len(ds.classes), conformer, seed, imagenet, network, cnn_weights)
-    history = train_irnet(model, ds, labels, config, out, device=device)
+    with repeatable(deterministic): history = train_irnet(model, ds, labels, config, out, device=device)
     typer.echo(f"{len(history)} steps on {len(ds)} images, loss {history[-1]['loss']:.3f}; wrote {out / 'irnet.safetensors'}")
     _tell(picked)
 
@@ -1125,7 +1135,7 @@ def segment_train(
     batch: Annotated[Optional[int], typer.Option(min=1, help="Images per step over all parts and processes.")] = None,
     change: Annotated[Optional[list[str]], typer.Option("--set", help="name=value of a setting of SegConfig, such as balanced=true; may be given several times.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the new layers, order and views.")] = 0,
-    precision: Annotated[Optional[str], typer.Option(help="fp32, tf32, bf16 or fp16 (GPU); the recipe's if not given.")] = None, device: Device = "auto", workers: Workers = 0,
+    precision: Annotated[Optional[str], typer.Option(help="fp32, tf32, bf16 or fp16 (GPU); the recipe's if not given.")] = None, device: Device = "auto", deterministic: Deterministic = False, workers: Workers = None,
     restart: Annotated[bool, typer.Option("--restart", help="Do not continue an unfinished run, start it again.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a finished run, or one with other settings.")] = False,
 ) -> None:
@@ -1135,20 +1145,20 @@ def segment_train(
     from adcam.run import warn_if_random
     from adcam.segment import train_segmentation
     from adcam.seeds import launched
+    from adcam.training import repeatable
     _only_cnn(network, vit_weights)
     remedy = "make it by `adcam irnet masks` with the same --data and --split"
-    picked = _images(data, split, n, masks=True, decode=True, workers=workers) if masks is None else _with_masks(masks, "mask", remedy, data, split, n, workers)
+    picked = _images(data, split, n, masks=True, decode=True, workers=workers or 0) if masks is None else _with_masks(masks, "mask", remedy, data, split, n, workers)
     ds = picked.ds
-    if masks is None and data != "mini":
-        check_agreement(ds)
+    if masks is None and data != "mini": check_agreement(ds)
     torch.manual_seed(seed)
     net, notes, usual = _segmentation(network, profile, data, len(ds.classes), backbone, init, cnn_weights)
     warn_if_random(usual, cnn_weights or init)
-    if notes and launched()[0] == 0:
-        typer.echo("; ".join(notes))
+    if notes and launched()[0] == 0: typer.echo("; ".join(notes))
     config = _seg_config(usual, change or [], iterations=iterations, batch=batch, mixed_precision=precision, workers=workers, seed=seed)
-    history = train_segmentation(net, ds, masks if masks is not None else _ground_truth, config, out, resume=not restart, force=force, progress=sys.stderr.isatty(), device=device,
-                                 val=None if val is None else _images(data, val, val_n, masks=True, decode=True, workers=workers).ds)
+    judged = None if val is None else _images(data, val, val_n, masks=True, decode=True, workers=workers or 0).ds
+    with repeatable(deterministic):
+        history = train_segmentation(net, ds, _ground_truth if masks is None else masks, config, out, not restart, force, progress=sys.stderr.isatty(), val=judged, device=device)
     if launched()[0] == 0:
         _tell_history(usual.segmentation, history, val, out)
     _tell(picked)
@@ -1237,17 +1247,19 @@ def whole_run(
     change: Annotated[Optional[list[str]], typer.Option("--set", help="name=value of a setting; may be given several times.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of both trainings.")] = 0,
     processes: Annotated[int, typer.Option(min=1, help="Worker processes for seeds, labels and walks.")] = 1,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that prepare training views.")] = 0,
-    precision: Precision = "fp32", device: Device = "auto",
+    workers: Workers = None,
+    precision: Precision = "fp32", device: Device = "auto", deterministic: Deterministic = False,
     only_estimate: OnlyEstimate = False, anyway: Anyway = False,
 ) -> None:
     "From images with labels to pseudo masks, or to predictions. Every stage of the package; a run that was stopped continues."
     from adcam.run import override, run as all_stages, with_network
+    from adcam.training import repeatable
     usual, data = _profile_of(profile, data)
     changes = [*(with_network(network) if network else ()), *(change or [])]
-    done = all_stages(override(usual, changes), data, out, method=method, limit=limit, weights=weights, trained=trained, resnet=resnet, cnn_weights=cnn_weights, vit_weights=vit_weights,
-                      heads=heads, refine=refine, crf=crf, segment=segment, init=init, seed=seed, processes=processes, workers=workers, progress=sys.stderr.isatty(), device=device, precision=precision,
-                      budget=_budget(only_estimate, anyway))
+    with repeatable(deterministic):
+        done = all_stages(override(usual, changes), data, out, method=method, limit=limit, weights=weights, trained=trained, resnet=resnet, cnn_weights=cnn_weights, vit_weights=vit_weights,
+                          heads=heads, refine=refine, crf=crf, segment=segment, init=init, seed=seed, processes=processes, workers=workers, progress=sys.stderr.isatty(), device=device, precision=precision,
+                          budget=_budget(only_estimate, anyway))
     if only_estimate:
         return
     typer.echo(f"wrote {out / 'run.json'}")

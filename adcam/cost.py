@@ -17,7 +17,7 @@ import torch
 from fastcore.basics import patch
 from scipy.optimize import nnls
 from .data import Subset, image_of, image_size, label_of
-from .seeds import extract, view_size
+from .seeds import extract, resolve, view_size
 
 # %% ../nbs/13a_cost.ipynb #d7134d5f
 def picture_size(
@@ -155,6 +155,13 @@ class Tried(NamedTuple):
     seconds: float    # of the seeds of all images, one after the other
     memory: int       # of the largest image, bytes on top of the network
 
+# %% ../nbs/13a_cost.ipynb #3a0d9c02
+def _part(model: Any, method: str, options: dict) -> tuple[dict, float, float]:
+    "Options of a share of the work, and how many times its seconds and its memory all of it takes"
+    extraction = ("flip", "precision")
+    own = {k: v for k, v in options.items() if k not in extraction}
+    return getattr(resolve(method, own), "part", lambda model, options: ({}, 1., 1.))(model, own)
+
 # %% ../nbs/13a_cost.ipynb #cb8e5610
 def probe_seeds(
     model: Any,               # network in eval mode, on its device
@@ -168,12 +175,13 @@ def probe_seeds(
 ) -> Tried:                   # what it will cost
     "Make the seeds of two images, and say what all will cost"
     device, images, seeds, rows = next(model.parameters()).device, [], [], []
+    less, times, wider = _part(model, method, options)
     for i, scale in work.tried:
         image, label = tried_image(ds, i, scale), label_of(ds, i)
-        work_on = partial(extract, model, image, label, method, scales, size_mode=size_mode, others=ds, name=ds.ids[i], **options)
+        work_on = partial(extract, model, image, label, method, scales, size_mode=size_mode, others=ds, name=ds.ids[i], **(options | less))
         seconds, memory, seed = measure(work_on, device)
         images.append(image); seeds.append(seed)
-        rows.append((view_tokens(image.shape[:2], scales, model.stride, size_mode), seconds, memory))
+        rows.append((view_tokens(image.shape[:2], scales, model.stride, size_mode), times*seconds, wider*memory))
     tokens, seconds, memory = (np.array(v) for v in zip(*rows))              # (2,V), (2,), (2,)
     every, most = work.tokens if todo is None else work.tokens[todo], lambda t: t.max(1, keepdims=True)
     total = predicted(every, law(tokens, seconds)).sum()

@@ -10,7 +10,7 @@ __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'VOC_CLASSES', 'VOC_COUNTS', 'COCO_C
            'Folder', 'folder', 'Subset', 'label_of', 'weak_of', 'image_of', 'mask_of', 'has_mask', 'weak_sample',
            'labelled', 'Skipped', 'usable', 'skipped_report', 'Chosen', 'chosen', 'disagreements', 'check_agreement',
            'split_kind', 'open_data', 'random_resize_long', 'imagenet_normalize', 'random_flip', 'random_crop',
-           'to_chw', 'random_view', 'random_pixels', 'TrainViews']
+           'to_chw', 'random_view', 'on_canvas', 'random_pixels', 'TrainViews']
 
 # %% ../nbs/02_data.ipynb #1e356460
 import contextlib, csv, difflib, functools, hashlib, io, json, math, multiprocessing, os, re, struct, unicodedata, warnings
@@ -1244,16 +1244,24 @@ def random_view(image:np.ndarray, # (H,W,3) uint8
     return view
 
 # %% ../nbs/02_data.ipynb #6f1d01f6
+def on_canvas(part:np.ndarray, # (h,w,3) uint8
+              y:int, # its first row on the canvas
+              x:int, # its first column
+              crop:int # side of the canvas
+             ) -> tuple[Tensor,Tensor]: # (crop,crop,3) uint8, and (4,) the box of the picture on it, as `normalized` wants them
+    "A picture on a square of zeros, as bytes"
+    (h, w), pixels = part.shape[:2], torch.zeros(crop, crop, 3, dtype=torch.uint8)
+    pixels.numpy()[y:y+h, x:x+w] = part
+    return pixels, torch.tensor([y, y+h, x, x+w], dtype=torch.int32)
+
 def random_pixels(image:np.ndarray, # (H,W,3) uint8
                   crop:int, # side of the square view
                   resize:tuple|None, # range of the long side in pixels, both ends included; None keeps the size
                   rng:np.random.Generator # source of every random draw
-                 ) -> tuple[Tensor,Tensor]: # (crop,crop,3) uint8, and (4,) the box of the picture on it, as `normalized` wants them
+                 ) -> tuple[Tensor,Tensor]: # see `on_canvas`
     "`random_view` before normalization"
     part, (y, x) = _random_part(image, crop, resize, rng)
-    (h, w), pixels = part.shape[:2], torch.zeros(crop, crop, 3, dtype=torch.uint8)
-    pixels.numpy()[y:y+h, x:x+w] = part
-    return pixels, torch.tensor([y, y+h, x, x+w], dtype=torch.int32)
+    return on_canvas(part, y, x, crop)
 
 # %% ../nbs/02_data.ipynb #6d3cb80a
 class TrainViews(Dataset):

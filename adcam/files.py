@@ -186,16 +186,19 @@ def _put_back(folder: Path, pattern: str) -> None:
 
 # %% ../nbs/00b_files.ipynb #ec0888bc
 def _settle(folder: Path, settings: dict, pattern: str, force: bool, job: str, what: str) -> None:
-    "Write settings.json, or compare with the one that is there; `force` puts files made with other settings aside"
+    "Write settings.json, or compare with the one that is there, if there are files; `force` puts files made with other settings aside"
     path = folder / "settings.json"
     try: old = read_json(path)
     except ValueError: old = {"settings.json": "unreadable"}
     if old == settings: return
     if path.exists():
-        if not force: raise ValueError(f"{folder} holds {what} made with other settings ({difference(old, settings)}); choose another folder, or replace them: --force (in Python force=True)")
+        made = any(folder.glob(pattern))                        # settings of a run that made no file bind nobody
+        if not force and (made or (folder/ASIDE).is_dir()): raise ValueError(f"{folder} holds {what} made with other settings ({difference(old, settings)}); choose another folder, or replace them: --force (in Python force=True)")
         for lock in folder.glob(".*.lock"):
             if (note := _holder(lock)) and note.get("job") != job: raise _in_use(lock, note)
-        if any(folder.glob(pattern)): _put_aside(folder, pattern)
+        if made: _put_aside(folder, pattern)
+        else:
+            for report in folder.glob("skipped-*-of-*.json"): report.unlink()
     atomic_write(path, lambda f: f.write(json.dumps(settings, indent=1).encode()))
 
 # %% ../nbs/00b_files.ipynb #5efdbde8

@@ -7,10 +7,12 @@ __all__ = ['PENALTIES', 'mean_average_precision', 'Learned', 'warning', 'judge',
            'held_out']
 
 # %% ../nbs/04c_learned.ipynb #8dca871d
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 from .classifier import Features, HeadsConfig, train_heads, whole_image
 from .data import label_of, weak_of
@@ -48,10 +50,13 @@ class Learned(NamedTuple):
         "Would luck alone do as well as anybody can?"
         return not self.luck < .995
 
-    def __str__(self) -> str:
-        if not self.classes: return f"mAP cannot be measured: of {self.images} images {self.on} every class is in all or in none"
-        told = f"mAP {self.map:.2f} over {self.classes} classes, {self.images} images {self.on}; chance {self.chance:.2f}, with luck {self.luck:.2f}"
-        return f"{told}: {'too few images to tell' if self.too_few else 'AT CHANCE' if self.at_chance else 'it has learned'}"
+# %% ../nbs/04c_learned.ipynb #4c0f8e03
+@patch
+def __str__(self: Learned) -> str:
+    "One sentence"
+    if not self.classes: return f"mAP cannot be measured: of {self.images} images {self.on} every class is in all or in none"
+    told = f"mAP {self.map:.2f} over {self.classes} classes, {self.images} images {self.on}; chance {self.chance:.2f}, with luck {self.luck:.2f}"
+    return f"{told}: {'too few images to tell' if self.too_few else 'AT CHANCE' if self.at_chance else 'it has learned'}"
 
 # %% ../nbs/04c_learned.ipynb #c54881e5
 _REMEDY = "Give more images of each class (20 or more), pre-trained weights, or more epochs; or, for classes that ImageNet has, train nothing: adcam masks FOLDER --classes"
@@ -80,6 +85,13 @@ def judge(
     lucky = [mean_average_precision(z, y[rng.permutation(len(y))]) for _ in range(draws)]
     return Learned(mean_average_precision(z, y), float(np.mean(lucky)), float(np.quantile(lucky, .95)), len(y), int(telling.sum()), on)
 
+# %% ../nbs/04c_learned.ipynb #4c0f8e07
+def _folds(n: int, parts: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    "Indices to learn from and to judge, for every part of n images"
+    if n < 2: raise ValueError(f"{n} image cannot be split into those to learn from and those to judge; give at least 2")
+    place = np.random.default_rng(seed).permutation(n) % min(parts, n)       # (n,)
+    return [(np.flatnonzero(place != part), np.flatnonzero(place == part)) for part in range(min(parts, n))]
+
 # %% ../nbs/04c_learned.ipynb #b04c4ed0
 def held_out_logits(
     model: nn.Module,                     # network with heads as in `adcam.classifier.HEADS`; left as it was
@@ -89,13 +101,10 @@ def held_out_logits(
     seed: int = 0,                        # which image goes into which part
 ) -> np.ndarray:                          # (n,K) logits of the CNN, each by heads that have not seen the image
     "Cross-validated logits of the heads"
-    n, kept = len(f.labels), {k: v.detach().clone() for k, v in model.state_dict().items()}
-    if n < 2: raise ValueError(f"{n} image cannot be split into those to learn from and those to judge; give at least 2")
-    place, device = np.random.default_rng(seed).permutation(n) % min(parts, n), device_of(model)  # (n,)
-    logits = np.zeros((n, model.num_classes), np.float32)
+    kept, device = {k: v.detach().clone() for k, v in model.state_dict().items()}, device_of(model)
+    logits = np.zeros((len(f.labels), model.num_classes), np.float32)
     try:
-        for part in range(min(parts, n)):
-            learn, judged = (torch.from_numpy(np.flatnonzero(m)) for m in (place != part, place == part))
+        for learn, judged in _folds(len(f.labels), parts, seed):
             train_heads(model, Features(*(v[learn] for v in f)), config, progress=False)
             with torch.no_grad(): z = model.heads(f.conv[judged, :, None, None].to(device), f.token[judged, None].to(device))[0]  # (m,K)
             logits[judged] = z.cpu().numpy()
@@ -119,6 +128,13 @@ def choose_penalty(
     best = np.argmax([np.nan_to_num(judge(z, f.labels.numpy(), draws=1).map) for z in logits])
     return tried[best], logits[best]
 
+# %% ../nbs/04c_learned.ipynb #4c0f8e10
+def _some(ds: Any, most: int) -> Iterator[tuple]:
+    "Image and label, evenly spread over the data set; one that cannot be read is left out, the training has named it"
+    for i in np.unique(np.linspace(0, len(ds) - 1, min(most, len(ds))).round().astype(int)).tolist():
+        try: yield weak_of(ds, i)
+        except (ValueError, OSError): continue
+
 # %% ../nbs/04c_learned.ipynb #8df467e9
 def learned(
     model: nn.Module,                      # any network of the package: logits, or a tuple whose first entry is the CNN's
@@ -128,17 +144,15 @@ def learned(
     size: int | None = 512,                # long side in pixels; None keeps that of each image
 ) -> Learned:                              # see there
     "Judge the classifier (of the CNN, which makes the class maps) on whole images. An image that cannot be read is left out"
-    picked, device = np.unique(np.linspace(0, len(ds) - 1, min(most, len(ds))).round().astype(int)), device_of(model)
     logits, labels = [], []
     with untouched(model):
-        for i in picked.tolist():
-            try: image, label = weak_of(ds, i)
-            except (ValueError, OSError): continue                            # training has named it
-            z = model(whole_image(image, None if size is None else min(size, max(image.shape[:2])), model.stride)[None].to(device))
+        for image, label in _some(ds, most):
+            z = model(whole_image(image, None if size is None else min(size, max(image.shape[:2])), model.stride)[None].to(device_of(model)))
             logits.append((z[0] if isinstance(z, tuple) else z)[0].float().cpu().numpy())       # (K,)
             labels.append(np.asarray(label))
     return judge(np.stack(logits), np.stack(labels), on)
 
+# %% ../nbs/04c_learned.ipynb #4c0f8e09
 def held_out(
     ds: Any,           # data set
     parts: int = 5,    # one of so many is kept back

@@ -34,7 +34,7 @@ from .learned import Learned, choose_penalty, judge, learned, warning
 from .networks import build_network, load_network, network_name, save_trained, train_network
 from .pipeline import Profile, checkpoint_path, profiles, provenance, save_result
 from .seeds import extract_dataset, launched, load_seed, resolve
-from .segment import RECIPES, SegConfig, predict_dataset, score_predictions, train_segmentation
+from .segment import RECIPES, SegConfig, passes, predict_dataset, score_predictions, train_segmentation
 
 # %% ../nbs/13b_run.ipynb #94f283a2
 def as_type(
@@ -88,13 +88,13 @@ def run_data(
     profile: Profile,         # which splits
     data: Any,                # "mini" or a folder, see `adcam.data.open_data`; or an open data set, which then is every split
     limit: int | None = None, # only the first images of the measured split
-    workers: int = 0,         # processes that read every file once
+    workers: int | None = None,   # processes that read every file once
 ) -> RunData:
     "Open, check and shorten the data of a run"
     seen = _opened(data, profile.seed_split, limit)
     whole = seen if limit or profile.train_split == profile.seed_split else _opened(data, profile.train_split)
     if len(whole.classes) != profile.num_classes: raise ValueError(f"{data} has {len(whole.classes)} classes, the profile {profile.name} {profile.num_classes}; change it by num_classes={len(whole.classes)}")
-    picked = chosen(whole, classes=True, decode=True, workers=workers)
+    picked = chosen(whole, classes=True, decode=True, workers=workers or 0)
     return RunData(picked.ds, sorted(set(seen.ids) & set(picked.ds.ids)), picked.skipped, sorted(picked.unlabeled))
 
 # %% ../nbs/13b_run.ipynb #d2a7fa02
@@ -199,7 +199,7 @@ def classifier_stage(
     weights: str | Path | None = None,# pre-trained file (ImageNet), see `adcam weights`
     trained: Any = None,              # a classifier that is trained already, its file or the network itself: no training
     seed: int = 0,                    # of initial values, order and views
-    workers: int = 0,                 # processes that prepare views
+    workers: int | None = None,       # processes that prepare views; None: as many as are useful
     progress: bool = True,            # show a bar
     device: str = "auto",             # see `adcam.devices.pick_device`
     precision: str = "fp32",          # one of `adcam.devices.PRECISIONS`
@@ -304,7 +304,7 @@ def irnet_stage(
     out: Path,                        # folder of the run, with ir_labels
     resnet: str | Path | None = None, # ImageNet weights of ResNet-50: a file, or "timm" to fetch them
     seed: int = 0,                    # of initial values, order and views
-    workers: int = 0,                 # processes that prepare views
+    workers: int | None = None,       # processes that prepare views; None: as many as are useful
     progress: bool = True,            # show a bar
     device: str = "auto",             # see `adcam.devices.pick_device`
     precision: str = "fp32",          # fp32, tf32 or bf16
@@ -326,9 +326,10 @@ def affinity_stage(
     out: Path,                        # folder of the run, with psa_scores
     resnet: str | Path | None = None, # ImageNet weights of ResNet-50: a file, or "timm" to fetch them
     seed: int = 0,                    # of initial values, order and views
-    workers: int = 0,                 # processes that prepare views
+    workers: int | None = None,       # processes that prepare views; None: as many as are useful
     progress: bool = True,            # show a bar
     device: str = "auto",             # see `adcam.devices.pick_device`
+    precision: str = "fp32",          # one of `adcam.devices.PRECISIONS`
 ) -> tuple[AffinityNet, str]:         # trained network in eval mode, what was done
     "Train AffinityNet on the scores of the two CRFs; PSA's own settings, on Scenes those of `PSA_MINI`"
     there = (out / "psa" / "affinity.safetensors").is_file()
@@ -338,7 +339,7 @@ def affinity_stage(
     small = p.dataset == "scenes"
     model = AffinityNet(_stages(p, resnet))
     config = PSA_MINI if small else AffinityConfig()
-    config = replace(config, batch=min(config.batch, len(ds)), seed=seed, workers=workers)
+    config = replace(config, batch=min(config.batch, len(ds)), seed=seed, workers=workers, mixed_precision=precision)
     return model, _steps(train_affinity(model, ds, out / "psa_scores", config, out / "psa", progress=progress, device=device), there)
 
 # %% ../nbs/13b_run.ipynb #c6310407
@@ -516,7 +517,7 @@ def _by_psa(log: _Log, c: _Call, ds: Any) -> tuple[Any, str]:
         walk, powers = walk | dict(alpha=power_at(p.walk_background)), dict(low=power_at(p.label_fg), high=power_at(p.label_bg))
     scores = lambda: _counted(c, make_affinity_scores, ds, c.out / "seeds", c.out / "psa_scores", **powers)
     ds = log.rest(ds, log.stage("PSA scores", n, scores))
-    net = log.stage("AffinityNet", n, lambda: affinity_stage(p, ds, c.out, c.backbone, c.seed, c.workers, c.progress, c.device))
+    net = log.stage("AffinityNet", n, lambda: affinity_stage(p, ds, c.out, c.backbone, c.seed, c.workers, c.progress, c.device, c.precision))
     masks = lambda: _counted(c, make_affinity_masks, ds, c.out / "seeds", net.to(c.place), c.out / "pseudo_masks", force=c.force, **walk)
     return log.rest(ds, log.stage("pseudo masks", n, masks)), f"PSA, share {walk['threshold']}"
 
@@ -688,7 +689,7 @@ def _segmentation_cost(c: _Call, images: int) -> Cost:
     net = segmentation_net(p, c.cnn_weights if is_pair(p) else None)[0].to(c.place)
     views = config.batch * config.iterations
     if c.limit is not None: views = min(LOOKS * images, views)
-    return _training_cost("segmentation", net, config.crop, views, -(-config.batch // config.accumulate))
+    return _training_cost("segmentation", net, config.crop, views, -(-config.batch // passes(config, net)))
 
 # %% ../nbs/13b_run.ipynb #74ef6150
 def _tell_cost(c: _Call, ds: Any) -> bool:
@@ -751,7 +752,7 @@ def run(
     cnn_weights: str | Path | None = None, # of a pair: pre-trained file of the CNN, which classifier, IRNet and segmentation start from
     vit_weights: str | Path | None = None, # of a pair: pre-trained file of the ViT
     processes: int = 1,                # worker processes for seeds, labels, walks and predictions
-    workers: int = 0,                  # processes that prepare training views
+    workers: int | None = None,        # processes that prepare training views; None: as many as are useful
     progress: bool = True,             # show bars
     device: str = "auto",              # where networks, walks and CRFs run: auto, cpu, cuda or cuda:N
     precision: str = "fp32",           # of the networks: fp32, tf32 or bf16

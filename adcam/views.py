@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from fastcore.basics import patch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -21,13 +22,20 @@ from torchvision.transforms.functional import to_pil_image
 from .progress import tqdm
 from .data import to_tensor
 from .files import one_at_a_time
-from .training import EpochBatches, arithmetic, check_numbers, make_accelerator, origin, read_run, settings_of, train_epochs
+from .training import EpochBatches, arithmetic, check_mixed_precision, check_numbers, make_accelerator, origin, precision_name, read_run, settings_of, train_epochs, view_workers
 
 # %% ../nbs/04b_views.ipynb #d15803e0
 def _span(rng: np.random.Generator, n: int, crop: int) -> tuple[slice, slice]:
     "A random overlap of n pixels with a canvas of `crop`: where it lies in the picture, and on the canvas"
     at, length = int(rng.integers(abs(crop - n) + 1)), min(n, crop)
     return (slice(0, n), slice(at, at + n)) if n < crop else (slice(at, at + crop), slice(0, length))
+
+# %% ../nbs/04b_views.ipynb #4b0e7d01
+def _jittered(image: np.ndarray, jitter: tuple, rng: np.random.Generator) -> np.ndarray:
+    "The colors of a picture, changed by chance; torch's own random state stays"
+    with torch.random.fork_rng(devices=[]):                                  # ColorJitter draws from torch
+        torch.manual_seed(int(rng.integers(2**31)))
+        return np.asarray(ColorJitter(*jitter)(to_pil_image(image)))
 
 # %% ../nbs/04b_views.ipynb #b5fd31ed
 def aligned_view(
@@ -39,10 +47,7 @@ def aligned_view(
 ) -> tuple[Tensor, Tensor]:          # (3,crop,crop) normalized, (c,crop,crop) float32; zero outside the picture
     "The same random window and flip of a picture and its maps"
     if maps.shape[1:] != image.shape[:2]: raise ValueError(f"the maps are {maps.shape[1:]}, the image {image.shape[:2]}: they must have one size")
-    if jitter:
-        with torch.random.fork_rng(devices=[]):                              # ColorJitter draws from torch
-            torch.manual_seed(int(rng.integers(2**31)))
-            image = np.asarray(ColorJitter(*jitter)(to_pil_image(image)))
+    if jitter: image = _jittered(image, jitter, rng)
     if crop is None: return to_tensor(image), torch.from_numpy(np.asarray(maps, np.float32))
     (y, to_y), (x, to_x) = (_span(rng, n, crop) for n in image.shape[:2])
     view, out = torch.zeros(3, crop, crop), torch.zeros(len(maps), crop, crop)
@@ -68,10 +73,13 @@ class Views(Dataset):
     def set_epoch(self, epoch: int): self._epoch.fill_(epoch)
     def __len__(self): return len(self.ds)
 
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        s, rng = self.ds[i], np.random.default_rng((self.seed, int(self._epoch), i))
-        x, maps = aligned_view(s.image, self.maps(s), self.crop, rng, self.jitter)
-        return x, self.finish(maps)
+# %% ../nbs/04b_views.ipynb #4b0e7d04
+@patch
+def __getitem__(self: Views, i: int) -> tuple[Tensor, Tensor]:
+    "View i of this epoch, and its target"
+    s, rng = self.ds[i], np.random.default_rng((self.seed, int(self._epoch), i))
+    x, maps = aligned_view(s.image, self.maps(s), self.crop, rng, self.jitter)
+    return x, self.finish(maps)
 
 # %% ../nbs/04b_views.ipynb #f3e20168
 @dataclass(frozen=True)
@@ -86,14 +94,26 @@ class ViewsConfig:
     crop: int | None = 448           # side of a view
     jitter: tuple | None = (.3, .3, .3, .1)  # brightness, contrast, saturation, hue
     seed: int = 0                    # of order and views
-    workers: int = 0                 # processes that prepare views
+    workers: int|None = None         # processes that prepare views; None: as many as are useful
+    mixed_precision: str = "fp32"    # one of `adcam.devices.PRECISIONS`; losses stay in float32
 
 # %% ../nbs/04b_views.ipynb #6ebfe5c2
 def _settings(task: nn.Module, views: Views, config: ViewsConfig, source: str, acc: Accelerator) -> dict:
     "What must be the same for a run to be continued"
     code = sorted({"adcam.views", type(task).__module__} - {"__main__"})
-    same = settings_of(config, ("workers",)) | dict(task=type(task).__name__, data=views.ds.fingerprint(), maps=source, processes=acc.num_processes)
-    return json.loads(json.dumps(same | origin(task, acc.device, "fp32", *code)))
+    same = settings_of(config) | dict(task=type(task).__name__, data=views.ds.fingerprint(), maps=source, processes=acc.num_processes)
+    return json.loads(json.dumps(same | origin(task, acc.device, precision_name(config.mixed_precision), *code)))
+
+# %% ../nbs/04b_views.ipynb #4b0e7d07
+def _begun(task: nn.Module, views: Views, config: ViewsConfig, out: Path | None, resume: bool, source: str, acc: Accelerator) -> tuple:
+    "Loader, network, optimizer, and the run: new, or as it was left"
+    order = EpochBatches(len(views), config.batch, config.seed, acc.process_index, acc.num_processes)
+    loader = DataLoader(views, batch_sampler=order, num_workers=view_workers(config.workers, acc.device), pin_memory=acc.device.type == "cuda")
+    run = dict(epoch=0, history=[], settings=_settings(task, views, config, source, acc))
+    task.reduce, task.processes = lambda n: acc.reduce(n, "sum"), acc.num_processes
+    net, optimizer = acc.prepare(task, task.to(acc.device).optimizer(config, config.epochs*len(loader)))
+    if resume and out and (out / "last.pt").exists(): run = read_run(acc, out / "last.pt", run, net, optimizer)
+    return loader, net, optimizer, run
 
 # %% ../nbs/04b_views.ipynb #0f763278
 @one_at_a_time()
@@ -109,21 +129,16 @@ def fit_views(
     device: str = "auto",          # where it learns, see `adcam.devices.pick_device`; the network stays there
 ) -> list[dict]:                   # a row per step: step, epoch, losses
     "Train on aligned views, resumable to the last bit; several processes by `accelerate launch`"
-    check_numbers(config, above_0=("epochs", "batch", "lr"))
-    acc, out = accelerator or make_accelerator("fp32", device), None if out is None else Path(out)
-    order = EpochBatches(len(views), config.batch, config.seed, acc.process_index, acc.num_processes)
-    loader = DataLoader(views, batch_sampler=order, num_workers=config.workers, pin_memory=acc.device.type == "cuda")
-    run, total = dict(epoch=0, history=[], settings=_settings(task, views, config, source, acc)), config.epochs*len(loader)
-    task.reduce, task.processes = lambda n: acc.reduce(n, "sum"), acc.num_processes
-    optimizer = task.to(acc.device).optimizer(config, total)
-    if resume and out and (out / "last.pt").exists(): run = read_run(acc, out / "last.pt", run, task, optimizer)
-    net = acc.prepare(task)
+    check_numbers(config, above_0=("epochs", "batch", "lr")); check_mixed_precision(config)
+    acc, out = accelerator or make_accelerator(config.mixed_precision, device), None if out is None else Path(out)
+    loader, net, optimizer, run = _begun(task, views, config, out, resume, source, acc)
     def gradients(batch):
         losses = net(*(v.to(acc.device) for v in batch))
         acc.backward(losses["loss"])
         return losses
-    with (arithmetic(task, "fp32", f"a step of {order.share} views of {config.crop}x{config.crop}", "batch or crop"),
-          tqdm(total=total, initial=run["epoch"]*len(loader), desc=type(task).__name__, disable=not (progress and acc.is_main_process)) as bar):
+    step = f"a step of {loader.batch_sampler.share} views of {config.crop}x{config.crop}"
+    with (arithmetic(task, config.mixed_precision, step, "batch or crop"),
+          tqdm(total=config.epochs*len(loader), initial=run["epoch"]*len(loader), desc=type(task).__name__, disable=not (progress and acc.is_main_process)) as bar):
         train_epochs(acc, net, optimizer, run, config.epochs, loader, gradients, out=out, begin=lambda epoch: net.train(),
                      bar=bar, remedy=lambda: f"lower lr ({config.lr}), or look for NaN in images and maps")
     task.eval()

@@ -355,3 +355,15 @@ def test_two_processes_equal_one(tmp_path):
         for n in ("loss", "lr_backbone", "lr_head"): np.testing.assert_allclose([r[n] for r in two], [r[n] for r in rows], rtol=1e-6)
         for n, v in torch.load(tmp_path/name/"model.pt", weights_only=True).items():
             torch.testing.assert_close(v, model.state_dict()[n], rtol=1e-9, atol=1e-9, msg=n)
+
+
+# ---- from a terminal
+
+@pytest.mark.parametrize("backbone, asked, frozen", [("mobilenetv3_small_050", None, False), ("resnet18", None, True), ("mobilenetv3_small_050", "bn1", True)])
+def test_a_cnn_without_irns_layers_is_trained_whole_unless_a_layer_is_named(backbone, asked, frozen):
+    "IRN keeps what lies below layer3; a network that has no such layer learns everything"
+    from adcam.cli import _new_cnn
+    model = _new_cnn(backbone, 3, None, asked, 0)
+    first = next(model.backbone_net.parameters())
+    assert first.requires_grad != frozen
+    with pytest.raises(ValueError, match="no layer 'layer9'"): _new_cnn(backbone, 3, None, "layer9", 0)

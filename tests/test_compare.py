@@ -5,11 +5,14 @@ import torch
 
 from adcam.compare import (CRF_ON, NETWORKS, VARIANTS, Entry, Held, label_thresholds, pseudo_counts, pseudo_rows, seed_arrays, seeds_from,
                            segmentation_counts, segmentation_rows)
+from adcam.cnn import mini_path, resnet_mini
 from adcam.evaluation import scores
+from adcam.irnet import IRNet
 from adcam.pipeline import profiles
 from adcam.run import override
 from adcam.scenes import Scenes
 from adcam.seeds import extract
+from adcam.training import model_fingerprint
 
 SPLITS = ("train", "val", "test")
 TINY = override(profiles["mini"], ["irn_crop=64", "irn_epochs=1", "irn_batch=2", "walk_exp_times=2"])
@@ -116,6 +119,14 @@ def test_psa_changes_the_walk_and_nothing_else(splits, arrays, counts):
     for v in ("seed", "perfect"): np.testing.assert_array_equal(other[f"hist_test_{v}"], counts[f"hist_test_{v}"])
     assert (other["hist_test_walk"] != counts["hist_test_walk"]).any() and other["hist_test_walk"].sum() == counts["hist_test_walk"].sum()
     assert other["labels"].sum() == counts["labels"].sum() and other["masks"].shape == counts["masks"].shape
+
+
+def test_the_shipped_backbone_of_the_walk_stays_as_it_is(splits, arrays, monkeypatch):
+    built, init = [], IRNet.__init__
+    monkeypatch.setattr(IRNet, "__init__", lambda self, *args, **options: (init(self, *args, **options), built.append(self))[0])
+    pseudo_counts(TINY, splits, {s: seeds_from(arrays, s, 2, (96, 96)) for s in SPLITS})
+    shipped = model_fingerprint(resnet_mini(10, checkpoint=mini_path("pretrained")).backbone_net)
+    assert built and {model_fingerprint(net.stages.net) for net in built} == {shipped}
 
 
 def test_entries_with_psa():

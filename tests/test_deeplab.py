@@ -1,5 +1,6 @@
 """Segmentation networks: the reference's numbers, converters against torchvision, losses against loops, every wrong file in words."""
-import json
+import copy, json
+from contextlib import nullcontext
 
 import numpy as np, pytest, timm, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
@@ -7,7 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from adcam.data import IMAGENET_MEAN, IMAGENET_STD, to_tensor
-from adcam.deeplab import (CAFFE_MEAN, GEOMETRY, UPERNET, ASPP, DeepLabV2, MultiScale, caffe_tensor, check_labels, deeplabv2_mini, from_torchvision,
+from adcam.deeplab import (_named, _stage, CAFFE_MEAN, GEOMETRY, UPERNET, ASPP, DeepLabV2, MultiScale, caffe_tensor, check_labels, deeplabv2_mini, from_torchvision,
                            init_deeplab, load_deeplab, pixel_loss, poly_rate, scale_losses, segmentation_loss, shrink_labels, upernet, upernet_mini)
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (70, 97, 3), dtype=np.uint8)
@@ -115,6 +116,51 @@ def test_frozen_batchnorm_survives_a_step_and_a_free_one_does_not():
         assert all(v for k, v in same.items() if "bn" in k) == frozen
         assert {v for k, v in same.items() if "running" in k} == {frozen}
         assert not torch.equal(before["base.aspp.c0.weight"], net.base.aspp.c0.weight)
+
+
+def slow_and_merged(net, run):
+    "What `run` gives with BatchNorm as layers of their own, and as parts of their convolutions"
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr("adcam.deeplab.merged_norm", lambda net: nullcontext())
+        slow = run(net)
+    return slow, run(net)
+
+
+@pytest.fixture(scope="module")
+def caffe():
+    "Five blocks as in DeepLabV2, with statistics of their own"
+    torch.manual_seed(0)
+    net = MultiScale(_named(layer2=_stage(3, 32, 3, 2, 1), layer3=_stage(32, 32, 2, 1, 2), aspp=ASPP(32, 5, (1, 2))), 5)
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean.normal_(), m.running_var.uniform_(.5, 2), m.weight.data.uniform_(.5, 1.5), m.bias.data.normal_()
+    return net
+
+
+@pytest.mark.parametrize("kind, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, .15)])
+def test_a_norm_that_stands_still_may_be_part_of_its_convolution(caffe, kind, tolerance):
+    x, y = torch.randn(2, 3, 48, 48), torch.randint(0, 5, (2, 48, 48))
+
+    def gradients(net):
+        with torch.autocast("cpu", kind, enabled=kind != torch.float32): logits = net.train()(x)
+        loss = segmentation_loss(logits, y)
+        return [loss, *torch.autograd.grad(loss, [p for p in net.parameters() if p.requires_grad])]
+
+    before = {k: v.clone() for k, v in caffe.state_dict().items()}
+    for a, b in zip(*slow_and_merged(caffe, gradients)):
+        assert (a - b).abs().max() <= tolerance * b.abs().max()
+    assert all(torch.equal(v, caffe.state_dict()[k]) for k, v in before.items())
+
+
+def test_a_norm_that_learns_stays_a_layer_and_an_error_leaves_nothing_merged(caffe):
+    free = copy.deepcopy(caffe)
+    free.freeze_bn = False
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 48, 48)
+    a, b = slow_and_merged(free.train(), lambda net: [z.detach() for z in net(x)])
+    assert all(map(torch.equal, a, b))
+    with pytest.raises(RuntimeError, match="channels"), torch.no_grad(): caffe.eval()(torch.randn(2, 4, 48, 48))
+    assert not [m for m in caffe.modules() if getattr(m, "merged", None)]
 
 
 def test_groups_of_a_transformer():

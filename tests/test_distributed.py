@@ -1,5 +1,5 @@
 """adcam.classifier in two processes, really started by `accelerate launch` on CPU (gloo), one of them killed on the way."""
-import json, os, signal, subprocess, sys
+import json, os, signal, subprocess, sys, time
 from dataclasses import replace
 
 import numpy as np, pytest, torch
@@ -38,12 +38,21 @@ def masks(model, ds, **kw):
     return pretrain(model, ds, PretrainConfig(epochs=2, batch=4, crop=32, resize=None, mask_ratio=.4, freeze_bn=True, drop_path=.3), **kw)
 
 
+def watched(model, ds, **kw):
+    "What a slow callback of the main process writes is there for every process once the training is over"
+    def note(*_): time.sleep(1.5); (kw["out"]/"seen").touch()
+    history = train(model, ds, replace(FROZEN, epochs=1), callback=note, **kw)
+    assert (kw["out"]/"seen").exists(), "a process did not wait for the callback"
+    return history
+
+
 CASES = dict(  # name -> (network, data, how to train it in `world` processes)
     whole=(double, Photos(), lambda m, ds, world, **kw: train(m, ds, WHOLE, **kw)),
     unused=(lambda: double("output"), Photos(), lambda m, ds, world, **kw: train(m, ds, replace(WHOLE, clip_norm=.5), **kw)),
     masks=(lambda: fresh("none"), Photos(True), lambda m, ds, world, **kw: masks(m, ds, **kw)),
     parts=(double, Photos(), lambda m, ds, world, **kw: train(m, ds, FROZEN, accumulate=world, **kw)),
     small_bn=(double, Photos(), lambda m, ds, world, **kw: train(m, ds, replace(FROZEN, freeze_bn=False), **kw)),
+    watched=(double, Photos(), lambda m, ds, world, **kw: watched(m, ds, **kw)),
     bf16=(fresh, Photos(), lambda m, ds, world, **kw: train(m, ds, replace(WHOLE, epochs=1, mixed_precision="bf16"), **kw)),
     killed=(lambda: Deadly(fresh()), Photos(), lambda m, ds, world, **kw: train(m, ds, replace(WHOLE, epochs=3), **kw)))
 
@@ -118,6 +127,9 @@ def test_a_killed_process_changes_nothing(two):
     np.testing.assert_allclose(losses(history(two[0]/"killed")), losses(rows), rtol=1e-6)
     for n, v in torch.load(two[0]/"killed/model.pt", weights_only=True).items():
         torch.testing.assert_close(v, model.state_dict()[n], rtol=1e-9, atol=1e-9, msg=n)
+
+
+def test_every_process_waits_for_the_callback(two): assert (two[0]/"watched/model.pt").exists(), two[1][-3000:]
 
 
 def test_statistics_of_half_a_batch_differ(two):

@@ -134,9 +134,25 @@ def test_force_is_refused_while_another_run_works_by_the_old_settings(tmp_path):
 @pytest.mark.parametrize("text", ["", "{", "[1]", '"a"', "[" * 9999])
 def test_damaged_settings_are_other_settings(tmp_path, text):
     (tmp_path / "settings.json").write_text(text)
+    (tmp_path / "a.npz").touch()
     with pytest.raises(ValueError, match="unreadable there|other settings"): claimed(tmp_path, dict(k=1), "*.npz").__enter__()
     with claimed(tmp_path, dict(k=1), "*.npz", force=True): pass
     assert json.loads((tmp_path / "settings.json").read_text()) == dict(k=1)
+
+
+def test_settings_of_a_run_that_made_no_file_bind_nobody(tmp_path):
+    "A wrong option, all images refused: the next try with a right one needs no --force, and no old report stays"
+    with pytest.raises(ValueError), claimed(tmp_path, dict(k=0), "*.npz"): write_report(tmp_path, (0, 1), [("a", "k is 0")]); raise ValueError
+    with claimed(tmp_path, dict(k=1), "*.npz", shard=(0, 2)): (tmp_path / "a.npz").touch()
+    assert read_json(tmp_path / "settings.json") == dict(k=1) and read_reports(tmp_path) == ({}, set())
+    with pytest.raises(ValueError, match="made with other settings"): claimed(tmp_path, dict(k=2), "*.npz").__enter__()
+
+
+def test_files_put_aside_bind_a_run_without_force(tmp_path):
+    "Killed after --force, before its first file: another run must not throw the old ones away"
+    with claimed(tmp_path, dict(k=1), "*.npz"): (tmp_path / "a.npz").write_text("old")
+    with pytest.raises(ValueError), claimed(tmp_path, dict(k=2), "*.npz", shard=(0, 2), force=True): raise ValueError
+    with pytest.raises(ValueError, match="made with other settings"): claimed(tmp_path, dict(k=3), "*.npz").__enter__()
 
 
 def test_reports_of_several_processes_are_one_account(tmp_path):

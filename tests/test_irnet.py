@@ -412,9 +412,12 @@ def test_training_lowers_the_loss_and_leaves_the_backbone_alone():
     assert small(False)(x)[1] is None and small(False)(x)[0].shape == (1, 1, 5, 6)
 
 
-def test_mean_shift_is_the_mean_of_batch_means():
+@pytest.mark.parametrize("workers", [0, 1])
+def test_mean_shift_is_the_mean_of_batch_means(workers):
     net, ds = small(), Photos()
-    irnet.set_mean_shift(net, ds, crop=40, batch=4)
+    before = torch.get_rng_state()
+    irnet.set_mean_shift(net, ds, crop=40, batch=4, workers=workers)
+    assert torch.equal(torch.get_rng_state(), before)
     means = []
     for part in ([0, 1, 2, 3], [4, 5]):
         x = torch.zeros(len(part), 3, 40, 40)
@@ -423,6 +426,17 @@ def test_mean_shift_is_the_mean_of_batch_means():
             x[j, :, :p.shape[1], :p.shape[2]] = p
         with torch.no_grad(): means.append(net(x)[1].mean((0, 2, 3)) + net.mean_shift.running_mean)
     torch.testing.assert_close(net.mean_shift.running_mean, torch.stack(means).mean(0))
+
+
+@pytest.mark.parametrize("precision, tensor_cores", [("fp32", False), ("tf32", True), ("bf16", True)])
+def test_the_mean_shift_is_computed_in_the_trainings_arithmetic_but_not_in_half_precision(monkeypatch, precision, tensor_cores):
+    from dataclasses import replace
+    seen = []
+    def shift(model, *args):
+        seen.append((torch.backends.cudnn.allow_tf32, model(torch.zeros(1, 3, 20, 20))[1].dtype))
+    monkeypatch.setattr("adcam.boundaries.set_mean_shift", shift)
+    irnet.train_irnet(small(), Photos(), true_mask, replace(QUICK, epochs=1, mixed_precision=precision), progress=False)
+    assert seen == [(tensor_cores, torch.float32)]
 
 
 def test_views_keep_image_and_label_together():

@@ -247,7 +247,26 @@ def test_seeds_of_the_watched_images(whole, ds, tmp_path):
     np.testing.assert_allclose(one.high_res[0], enlarged(load_attention(folder / "maps", s.id, one.keys[0]).map, (48, 48))/255, atol=1e-6)
     with pytest.raises(FileNotFoundError, match="its last epoch fills"): oaa_seed(tmp_path, s)
     (tmp_path / "seeds/settings.json").write_text("{}")
-    with pytest.raises(ValueError, match="holds other seeds"): oaa_seeds(ds, folder / "maps", tmp_path / "seeds")
+    with pytest.raises(ValueError, match="made with other settings"): oaa_seeds(ds, folder / "maps", tmp_path / "seeds")
+
+
+def test_two_processes_share_the_seeds_and_a_damaged_one_is_made_again(whole, ds, tmp_path, monkeypatch, capsys):
+    maps, out = whole[0] / "maps", tmp_path / "seeds"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        assert oaa_seeds(ds, maps, out)["computed"] == 4
+    monkeypatch.undo()
+    oaa_seeds(ds, maps, tmp_path / "one")
+    assert files(out) == files(tmp_path / "one")
+    (out / f"{ds.ids[2]}.npz").write_bytes(b"torn")
+    assert oaa_seeds(ds, maps, out) == dict(computed=1, skipped=[]) and "redone:" in capsys.readouterr().out
+    assert files(out) == files(tmp_path / "one")
+
+
+def test_maps_of_no_complete_pass_are_refused_in_words(ds, tmp_path):
+    for call in (lambda: oaa_seeds(ds, tmp_path, tmp_path / "s"), lambda: train_integral(fresh(), ds, tmp_path, IntegralConfig(epochs=1, batch=4, crop=48))):
+        with pytest.raises(FileNotFoundError, match="no pass over the images is complete there"): call()
 
 
 def test_integral_model_learns_the_maps_and_resumes(whole, ds, tmp_path):
@@ -303,3 +322,10 @@ def test_the_command_refuses_an_unknown_rule(tmp_path, capsys):
     from adcam.cli import main
     with pytest.raises(SystemExit) as stop: main(["train-oaa", "--data", "mini", "--n", "2", "--backbone", "resnet_mini", "--rule", "best", "--out", str(tmp_path)])
     assert stop.value.code == 2 and "rule is 'best'" in capsys.readouterr().err
+
+
+def test_the_command_refuses_views_of_half_cells_before_any_training(tmp_path, capsys):
+    from adcam.cli import main
+    with pytest.raises(SystemExit) as stop: main(["train-oaa", "--data", "mini", "--n", "4", "--backbone", "resnet_mini", "--crop", "50", "--batch", "2", "--out", str(tmp_path / "run")])
+    assert stop.value.code == 2 and "crop is 50; it must be a multiple of the stride, 8" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

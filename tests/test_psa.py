@@ -275,6 +275,22 @@ def test_training_resumes_to_the_bit(made, tmp_path):
     with pytest.raises(ValueError, match="does not fit this AffinityNet"): load_affinity(AffinityNet(stages()), tmp_path / "a/affinity.safetensors")
 
 
+def test_a_run_in_half_precision_trains_its_affinities_so(made, tmp_path, monkeypatch):
+    "`adcam run --refine psa --precision bf16`: the network in bfloat16, pairs and loss in float32"
+    import shutil
+    import adcam.run
+    from adcam.pipeline import profiles
+    folder, ds = made
+    monkeypatch.setattr(adcam.run, "PSA_MINI", TINY)
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        shutil.copytree(folder / "scores", tmp_path / precision / "psa_scores")
+        net, _ = adcam.run.affinity_stage(profiles["mini"], ds, tmp_path / precision, progress=False, precision=precision)
+        assert json.loads((tmp_path / precision / "psa/settings.json").read_text())["precision"] == precision
+        losses[precision] = [json.loads(line)["loss"] for line in (tmp_path / precision / "psa/log.jsonl").read_text().splitlines()]
+    assert losses["fp32"] != losses["bf16"] == pytest.approx(losses["fp32"], rel=.05) and next(net.parameters()).dtype == torch.float32
+
+
 def test_what_training_refuses(made, tmp_path):
     folder, ds = made
     with pytest.raises(ValueError, match="multiple of the stride, 4"): train_affinity(small(), ds, folder / "scores", AffinityConfig(crop=46))

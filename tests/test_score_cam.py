@@ -258,6 +258,17 @@ def test_the_callers_gradient_mode_and_network_stay(tiny, picture):
     assert torch.is_grad_enabled() and all(p.equal(before[n]) and p.grad is None for n, p in tiny.named_parameters())
 
 
+def test_an_estimate_asks_four_channels_and_no_more():
+    "With 2,048 of them, two whole pictures would be hours before the first seed"
+    from adcam.cost import plan_probe, probe_seeds
+    torch.manual_seed(0)
+    net, ds, passed = resnet_mini(10).eval(), Scenes("val", 2, 48), []
+    next(m for m in net.modules() if isinstance(m, nn.Conv2d)).register_forward_pre_hook(lambda m, x: passed.append(len(x[0])))
+    work = plan_probe(ds, (1.,), net.stride)
+    few, all_ = (probe_seeds(net, ds, work, "score_cam", (1.,), **o) for o in (dict(channels=4), {}))
+    assert sum(passed) == 2*2*(4 + 2) and all_.seconds > 5*few.seconds               # 130 passes of a picture, asked from 6
+
+
 # ---- what is refused ----
 
 def test_labels(tiny, picture):
@@ -285,6 +296,13 @@ def test_nan_names_the_picture_and_the_scale(tiny, picture):
     with torch.no_grad(): tiny.classifier.weight[2, 0] = float("nan")
     with pytest.raises(ValueError, match="2007_000032 at scale 1: the network gives NaN or infinity for .* masked pictures"):
         score_cam_views(tiny, picture, [0], name="2007_000032")
+
+
+def test_one_bad_channel_of_the_picture_is_found(tiny, picture, monkeypatch):
+    "The masked pictures give sound scores; only the map itself would be NaN"
+    features = tiny.features
+    monkeypatch.setattr(tiny, "features", lambda x: features(x).index_fill(1, torch.tensor([3]), float("inf")) if len(x) == 1 and x.any() else features(x))
+    with pytest.raises(ValueError, match="features hold NaN or infinity"): score_cam_views(tiny, picture, [0])
 
 
 def test_nan_stops_a_data_set(tmp_path):

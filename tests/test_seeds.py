@@ -82,6 +82,19 @@ def test_flip_of_the_image_flips_the_seed(net, ds):
     np.testing.assert_allclose(a.high_res, b.high_res[..., ::-1], atol=1e-3)
 
 
+@pytest.mark.parametrize("method, options, words", [("pcm", dict(top=5.5), "top is 5.5; give a whole number or None"), ("pcm", dict(center="maybe"), "give True or False"),
+    ("pcm", dict(power=True), "power is True; give a number"), ("score_cam", dict(eps="nan"), "eps is 'nan'; give a number"),
+    ("score_cam", dict(channel_softmax=0), "channel_softmax is 0; give True or False"), ("getam", dict(dilations=3), "dilations is 3; give a tuple"),
+    ("rib", dict(crop="big"), "crop is 'big'; give a whole number"), ("advcam", dict(step_size=None), "step_size is None; give a number")])
+def test_an_option_of_another_type_is_refused_before_the_first_image(method, options, words):
+    with pytest.raises(ValueError, match=words): resolve(method, options)
+
+
+def test_numbers_of_numpy_and_lists_are_understood():
+    resolve("pcm", dict(top=np.int64(5), power=np.float32(2), center=np.bool_(True)))
+    resolve("rib", dict(resize=[320, 640], lr=1, learn=None))
+
+
 def test_bad_input(net, ds):
     s = ds[0]
     with pytest.raises(ValueError, match="unknown method 'gradcam'; choose one of cam"): extract(net, s.image, s.label, "gradcam")

@@ -213,9 +213,10 @@ def test_warm_up_and_adamw():
 
 # the loop
 
-def test_parts_of_a_batch_average_their_losses():
-    "One SGD step with two parts equals a step with the mean of the two losses"
-    c, net, other = replace(QUICK, iterations=1, momentum=0., weight_decay=0.), Net(0.), Net(0.)
+@pytest.mark.parametrize("together", [True, False])
+def test_parts_of_a_batch_average_their_losses(together):
+    "One SGD step with two parts equals a step with the mean of the two losses, whether they share a pass or not"
+    c, net, other = replace(QUICK, iterations=1, momentum=0., weight_decay=0., together=together), Net(0.), Net(0.)
     net.freeze_bn = other.freeze_bn = True
     history = train_segmentation(net, ds, truth, c, progress=False)
     views = SegViews(ds, truth, other, c)
@@ -227,6 +228,14 @@ def test_parts_of_a_batch_average_their_losses():
     assert history[0]["loss"] == pytest.approx(sum(losses).item()/2, rel=1e-5)
     with torch.no_grad(): other.head.weight -= .1*other.head.weight.grad
     torch.testing.assert_close(net.head.weight, other.head.weight)
+
+
+@pytest.mark.parametrize("change, sizes", [(dict(freeze_bn=True, together=True), [4]), (dict(freeze_bn=True), [2, 2]), (dict(freeze_bn=True, together=False), [2, 2]), (dict(freeze_bn=False, together=True), [2, 2])])
+def test_parts_share_a_pass_only_where_batchnorm_stands_still(change, sizes):
+    net, seen = Net(), []
+    net.body.register_forward_hook(lambda m, x, y: seen.append(len(x[0])))
+    train_segmentation(net, ds, truth, replace(QUICK, iterations=1, **change), progress=False)
+    assert seen == sizes
 
 
 class Killed(Exception): pass

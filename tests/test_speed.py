@@ -7,6 +7,7 @@ import torch
 from conftest import ROOT, load_script
 
 from adcam import conformer
+from adcam.boundaries import IRViews
 from adcam.cam import ad_cam, att_diffu, cam_map, checks_later, trans_cam, ts_cam
 from adcam.conformer import conformer_mini, conformer_small
 from adcam.data import TrainViews, normalized, to_tensor
@@ -113,13 +114,40 @@ def test_nothing_waits_for_the_device_in_a_batch_of_seeds_or_a_step_of_a_trainin
 
 def test_the_counter_sees_what_waits():
     x = torch.zeros(3, device="meta")
-    for wait in (lambda: bool((x > 0).any()), lambda: x[x > 0], lambda: x.sum().item(), lambda: x.cpu(), lambda: float(x.max())):
+    for wait in (lambda: bool((x > 0).any()), lambda: x[x > 0], lambda: x.sum().item(), lambda: x.cpu(), lambda: float(x.max()), lambda: torch.zeros(3).to("meta")):
         with counts.on_paper(), Operations("meta") as seen:
             wait()
         assert len(seen.waits) == 1
     with counts.on_paper(), Operations("meta") as seen:
-        x.to("cpu", non_blocking=True), torch.zeros(3).sum().item()
+        x.to("cpu", non_blocking=True), torch.zeros(3).to("meta", non_blocking=True), torch.zeros(3).sum().item()
     assert seen.waits == []
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_half_precision_on_paper_casts_what_autocast_casts(half):
+    "On a CPU, where there is an autocast to compare with: twice through convolutions, a norm and a linear layer, and back"
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 3), torch.nn.Flatten(), torch.nn.Linear(8 * 16, 4))
+    x, found = torch.randn(2, 3, 8, 8), []
+    paper = counts.Autocast()
+    for context in (torch.autocast("cpu", torch.bfloat16, enabled=half), paper.asked(enabled=half)):
+        net.zero_grad()
+        with Operations() as seen, paper:
+            with context:
+                y = net(x) + net(x)
+            y.float().square().sum().backward()
+        found.append((y.dtype, seen.count))
+    assert found[0] == found[1] and (y.dtype == torch.bfloat16) == half
+
+
+def test_a_prediction_goes_through_the_crf_where_the_network_is(monkeypatch):
+    from adcam import segment
+    from adcam.deeplab import deeplabv2_mini
+    seen = []
+    monkeypatch.setattr(segment, "dense_crf", lambda unary, image, **options: seen.append(unary.device.type) or unary)
+    net = deeplabv2_mini(11, weights=None).eval().to("meta")
+    with counts.on_paper(), Operations("meta", truths=(True,)):
+        segment.predict(net, np.zeros((40, 48, 3), np.uint8))
+    assert seen == ["meta"]
 
 
 # ---------------------------------------------------------------- the same numbers
@@ -232,6 +260,16 @@ def test_a_training_view_sent_as_bytes_is_the_view_bit_for_bit(scenes):
         for i in range(len(scenes)):
             (pixels, box), label = as_bytes[i]
             assert torch.equal(normalized(pixels[None], box[None])[0], as_floats[i][0]) and torch.equal(label, as_floats[i][1])
+
+
+def test_a_view_of_irnet_sent_as_bytes_is_the_view_bit_for_bit(scenes):
+    as_floats, as_bytes = (IRViews(scenes, lambda s: s.mask, 64, (.5, 1.5), seed=3, pixels=p) for p in (False, True))
+    for epoch in range(3):                                       # smaller and larger than the crop, mirrored and not
+        for views in (as_floats, as_bytes):
+            views.set_epoch(epoch)
+        for i in range(len(scenes)):
+            (x, label), ((pixels, box), same) = as_floats[i], as_bytes[i]
+            assert torch.equal(normalized(pixels[None], box[None])[0], x) and torch.equal(label, same)
 
 
 class Mixed:
@@ -391,6 +429,22 @@ def test_numbers_that_come_late_and_views_that_come_as_bytes_change_nothing_of_a
     late = classifier.Late.__init__
     monkeypatch.setattr(classifier.Late, "__init__", lambda self, values: (late(self, values), setattr(self, "event", Event()))[0])
     again, same = small_training()
+    assert again == history and torch.equal(weights, same)
+
+
+def test_views_of_irnet_that_come_as_bytes_change_nothing_of_its_training(monkeypatch):
+    from adcam import boundaries
+    from adcam.cnn import resnet_mini
+
+    def run():
+        torch.manual_seed(0)
+        net = boundaries.IRNet(boundaries.ResNetStages(resnet_mini(10).backbone_net), edge_width=8, widths=(8, 8, 8, 8, 8))
+        history = boundaries.train_irnet(net, Scenes("train", 6, 64), lambda s: s.mask, boundaries.IRNetConfig(epochs=1, batch=2, crop=48, radius=3), progress=False, device="cpu")
+        return history, torch.cat([v.flatten().double() for v in net.state_dict().values()])
+
+    history, weights = run()
+    monkeypatch.setattr(boundaries, "IRViews", lambda *a, **k: IRViews(*a, **{**k, "pixels": True}))
+    again, same = run()
     assert again == history and torch.equal(weights, same)
 
 

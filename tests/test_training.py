@@ -21,7 +21,7 @@ from adcam.pipeline import Point, attention_quality, checkpoint_path, count, pro
 from adcam.run import override, run
 from adcam.scenes import Scenes
 from adcam.segment import SegConfig, predict_logits, train_segmentation
-from adcam.training import arithmetic, make_accelerator, model_fingerprint, untouched
+from adcam.training import arithmetic, make_accelerator, model_fingerprint, origin, repeatable, untouched
 
 SCENES = Scenes("train", 4, 64)
 CLASSIFIER = TrainConfig(epochs=1, batch=2, crop=64, resize=None)
@@ -202,6 +202,68 @@ def test_tf32_is_on_while_it_is_asked_for_and_off_for_fp32():
     assert seen() == before
 
 
+# ---------------------------------------------------------------- the same bits every time
+
+def in_one_order(): return torch.are_deterministic_algorithms_enabled()
+
+
+@every_training
+def test_operations_add_in_one_order_while_a_training_that_asks_for_it_learns_and_not_after(fresh, learn, answer):
+    "On a CPU the same network comes out: there sums have their order anyway"
+    plain, asked, seen = fresh(), fresh(), set()
+    learn(plain)
+    def look(net, views):
+        if net.training: seen.add(in_one_order())
+    hook = asked.register_forward_pre_hook(look)
+    with repeatable():
+        learn(asked)
+        assert not in_one_order()
+    hook.remove()
+    assert seen == {True} and model_fingerprint(asked) == model_fingerprint(plain)
+
+
+def test_an_error_inside_puts_back_what_was_asked_of_pytorch():
+    fill, before = torch.utils.deterministic, torch.utils.deterministic.fill_uninitialized_memory
+    for error in (KeyError, RuntimeError):
+        with pytest.raises(error), repeatable(), arithmetic(nn.Linear(3, 3), "fp32", "a step", "batch"):
+            assert in_one_order() and not fill.fill_uninitialized_memory
+            raise error("inside")
+        assert not in_one_order() and fill.fill_uninitialized_memory == before
+    with arithmetic(nn.Linear(3, 3), "fp32", "a step", "batch"): assert not in_one_order()
+
+
+def test_an_operation_that_has_no_order_is_one_line():
+    x = torch.zeros(3)
+    with pytest.raises(ValueError, match="^put_ has no form in PyTorch .* that adds in the same order every time: train without --deterministic .*--device cpu$"), repeatable():
+        with arithmetic(nn.Linear(3, 3), "fp32", "a step", "batch"): x.put_(torch.tensor([0]), torch.ones(1))
+
+
+@every_training
+def test_a_run_that_was_not_asked_for_one_order_is_not_continued_with_it(fresh, learn, answer, tmp_path):
+    learn(fresh(), out=tmp_path)
+    with pytest.raises(ValueError, match="deterministic"), repeatable(): learn(fresh(), out=tmp_path)
+
+
+COMMANDS = {"adcam.networks.train_network": ["train", "--out", "out", "--n", "2"],
+            "adcam.irnet.train_irnet": ["irnet", "train", "labels", "out", "--n", "2"],
+            "adcam.segment.train_segmentation": ["segment", "train", "--out", "out", "--n", "2"],
+            "adcam.run.run": ["run", "--out", "out", "--limit", "2"]}
+
+
+@pytest.mark.parametrize("function, words", COMMANDS.items(), ids=[" ".join(w[:2]) for w in COMMANDS.values()])
+@pytest.mark.parametrize("wish", [[], ["--deterministic"]], ids=["plain", "deterministic"])
+def test_commands_that_train_hand_the_wish_on(function, words, wish, tmp_path, monkeypatch, capsys):
+    for name in Scenes("train", 2).ids: save_mask(tmp_path / "labels" / f"{name}.png", np.zeros((192, 192), np.uint8))
+    seen = []
+    def learn(*args, **options):
+        seen.append("deterministic" in origin(nn.Linear(1, 1), torch.device("cpu"), "fp32"))
+        raise ValueError("enough")
+    monkeypatch.setattr(function, learn)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"): main(words + wish)
+    assert "enough" in capsys.readouterr().err and seen == [bool(wish)]
+
+
 # ---------------------------------------------------------------- a network stays where it has learned
 
 class Elsewhere(nn.Module):
@@ -245,6 +307,19 @@ def test_a_device_or_precision_that_is_not_there_is_one_line_and_exit_code_2(com
     with pytest.raises(SystemExit) as end: main([command[0], "--out", str(tmp_path / "out"), *command[1:], *words])
     told = capsys.readouterr().err.strip().splitlines()
     assert end.value.code == 2 and len(told) == 1 and message in told[0]
+
+
+EVERYWHERE = [["train-heads", "--out", "o"], ["train-cam", "--out", "o"], ["train-recam", "--out", "o"], ["train-seam", "--out", "o"], ["train-oaa", "--out", "o"],
+              ["segment", "train", "--out", "o"], ["irnet", "masks", "s", "o"], ["crf", "i", "m", "o"], ["explain", "i", "--out", "o"]]
+
+
+@pytest.mark.parametrize("command", EVERYWHERE, ids=lambda c: "-".join(c[:2]))
+def test_walks_crfs_pictures_and_trainings_look_for_the_device_too(command, tmp_path, monkeypatch, capsys):
+    if torch.cuda.is_available(): pytest.skip("for machines without a GPU")
+    monkeypatch.chdir(tmp_path)
+    data = [] if command[0] in ("irnet", "crf", "explain") else ["--n", "2"]
+    with pytest.raises(SystemExit, match="2"): main([*command, *data, "--device", "cuda"])
+    assert capsys.readouterr().err.splitlines()[-1] == "adcam: device cuda: PyTorch sees no GPU here; use auto or cpu"
 
 
 def full(*args, **kw): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")

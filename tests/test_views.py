@@ -95,3 +95,13 @@ def test_what_is_refused(ds):
     with pytest.raises(ValueError, match="crop is 0"): Views(ds, objects, lambda m: m, 0)
     with pytest.raises(ValueError, match="must have one size"): views(ds, lambda s: objects(s)[:, 1:])[0]
     with pytest.raises(FloatingPointError, match="lower lr"): fit_views(Toy(), views(ds, lambda s: objects(s)*np.nan), CONFIG, progress=False)
+
+
+def test_half_precision_learns_and_is_another_run(ds, tmp_path):
+    "The network in bfloat16; its weights stay float32"
+    half, toy = replace(CONFIG, mixed_precision="bf16"), Toy()
+    history, plain = fit_views(toy, views(ds), half, tmp_path, progress=False), fit_views(Toy(), views(ds), CONFIG, progress=False)
+    assert toy.net.weight.dtype == torch.float32 and history != plain
+    assert [r["loss"] for r in history] == pytest.approx([r["loss"] for r in plain], rel=.02)
+    with pytest.raises(ValueError, match="precision: 'bf16' there, 'fp32' now"): fit_views(Toy(), views(ds), CONFIG, tmp_path, progress=False)
+    with pytest.raises(ValueError, match="mixed_precision is 'fp8'"): fit_views(Toy(), views(ds), replace(CONFIG, mixed_precision="fp8"))

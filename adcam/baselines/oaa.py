@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RULES', 'INTEGRAL_MINI', 'attention', 'believed', 'accumulate', 'Attention', 'save_attention', 'load_attention',
            'Accumulator', 'train_oaa', 'enlarged', 'oaa_seed', 'oaa_seeds', 'hybrid_loss', 'IntegralConfig',
-           'IntegralTask', 'train_integral']
+           'IntegralTask', 'check_crop', 'train_integral']
 
 # %% ../../nbs/09g_oaa.ipynb #2ffc4451
 import copy, hashlib, json, warnings
@@ -20,8 +20,9 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor, nn
 from ..classifier import PolySGD, TrainConfig, fit
 from ..cnn import CamTask
-from ..files import atomic_write
-from ..seeds import Seed, save_seed, view
+from ..files import atomic_write, claimed
+from ..folders import missing
+from ..seeds import Seed, check_seed, launched, save_seed, view
 from ..training import load_run
 from ..views import Views, ViewsConfig, fit_views
 
@@ -188,7 +189,7 @@ def train_oaa(
     watch, last = Accumulator(ds, folder, config.epochs, rule, start_epoch), None if out is None else Path(out)/"last.pt"
     there = last is not None and last.exists() and options.get("resume", True)
     if watch.done and not there: raise ValueError(f"{folder} holds maps of {watch.done} epochs, but there is no training to continue; choose another folder for the maps")
-    if there: _catch_up(watch, model, last)
+    if there and launched()[0] == 0: _catch_up(watch, model, last)                # one process writes maps, here and in the callback
     return fit(CamTask(model), ds, config, out=out, callback=watch, **options)
 
 # %% ../../nbs/09g_oaa.ipynb #7c49c0ab
@@ -218,23 +219,27 @@ def oaa_seed(
     return Seed(keys, cam, high)
 
 # %% ../../nbs/09g_oaa.ipynb #abecb414
+def _made(folder: str | Path) -> str:
+    "Which maps are these? 16 hex digits"
+    path = Path(folder)/"passes.json"
+    if not path.is_file(): raise FileNotFoundError(f"{folder} has no passes.json: no pass over the images is complete there; run train_oaa with this folder first")
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+# %% ../../nbs/09g_oaa.ipynb #5c0d9e27
 def oaa_seeds(
     ds: Any,             # the training images
     folder: str | Path,  # of `Accumulator`
     out: str | Path,     # folder for `<id>.npz` and settings.json, as `adcam.seeds.extract_dataset` writes them
 ) -> dict:               # computed: how many now; skipped: [(id, reason)]
     "Seeds of all training images from their accumulated maps; those that a stopped run has written stay"
-    out, skipped, n = Path(out), [], 0
-    made = hashlib.sha256((Path(folder)/"passes.json").read_bytes()).hexdigest()[:16]
-    settings, path = dict(method="oaa", data=ds.fingerprint(), maps=made), out/"settings.json"
-    if path.exists() and json.loads(path.read_text()) != settings: raise ValueError(f"{out} holds other seeds; choose another folder")
-    atomic_write(path, lambda f: f.write(json.dumps(settings, indent=1).encode()))
-    for i, name in enumerate(ds.ids):
-        if (out/f"{name}.npz").exists(): continue                             # `made` says that the maps are still the same
-        try:
-            sample = ds[i]
-            if np.asarray(sample.label).any(): save_seed(out/f"{name}.npz", oaa_seed(folder, sample)); n += 1
-        except (ValueError, OSError) as e: skipped.append((name, str(e)))
+    out, skipped, n, (rank, count) = Path(out), [], 0, launched()
+    settings = dict(method="oaa", data=ds.fingerprint(), maps=_made(folder))
+    with claimed(out, settings, "*.npz", shard=(rank, count), what="seeds"):
+        for i in (i for i in missing(ds, out, ".npz", check_seed) if i % count == rank):
+            try:
+                sample = ds[i]
+                if np.asarray(sample.label).any(): save_seed(out/f"{ds.ids[i]}.npz", oaa_seed(folder, sample)); n += 1
+            except (ValueError, OSError) as e: skipped.append((ds.ids[i], str(e)))
     return dict(computed=n, skipped=skipped)
 
 # %% ../../nbs/09g_oaa.ipynb #1f542a76
@@ -292,6 +297,14 @@ def _target(folder: str | Path, sample: Any, K: int) -> np.ndarray:
             out[k] = F.interpolate(torch.from_numpy(a.map/np.float32(255))[None, None], out.shape[1:], mode="bilinear", align_corners=False)[0, 0].numpy()
     return out
 
+# %% ../../nbs/09g_oaa.ipynb #7d1b64e0
+def check_crop(
+    config: IntegralConfig,  # settings
+    stride: int,             # pixels per cell of the network
+) -> None:
+    "`ValueError` if a view is no whole number of cells"
+    if config.crop is not None and config.crop % stride: raise ValueError(f"crop is {config.crop}; it must be a multiple of the stride, {stride}, or None")
+
 # %% ../../nbs/09g_oaa.ipynb #bc84b713
 def train_integral(
     model: nn.Module,                         # CamNet; trained in place
@@ -302,10 +315,9 @@ def train_integral(
     **options,                                # resume, progress, accelerator, device: see `adcam.views.fit_views`
 ) -> list[dict]:                              # a row per step
     "Train the integral model on accumulated maps; the network is left in eval mode"
-    if config.crop is not None and config.crop % model.stride: raise ValueError(f"crop is {config.crop}; it must be a multiple of the stride, {model.stride}, or None")
+    check_crop(config, model.stride)
     views = Views(ds, lambda sample: _target(folder, sample, len(ds.classes)), lambda m: F.avg_pool2d(m, model.stride), config.crop, config.jitter, config.seed)
-    source = hashlib.sha256((Path(folder)/"passes.json").read_bytes()).hexdigest()[:16]
-    history = fit_views(IntegralTask(model), views, config, out, source=source, **options)
+    history = fit_views(IntegralTask(model), views, config, out, source=_made(folder), **options)
     model.eval()
     return history
 

@@ -7,6 +7,7 @@ __all__ = ['ORDERS', 'READINGS', 'SCORES', 'minmax', 'activation_masks', 'branch
            'score_maps', 'score_cam_views', 'score_cam']
 
 # %% ../../nbs/09e_score_cam.ipynb #c1d618f1
+import math
 from collections.abc import Iterator
 from typing import Any
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from ..cnn import class_features, class_weights
-from ..seeds import class_maps, view, without_padding
+from ..seeds import class_maps, with_mirror
 
 # %% ../../nbs/09e_score_cam.ipynb #9ff588a2
 def minmax(
@@ -55,6 +56,7 @@ def _groups(A: Tensor, group: int) -> Iterator[Tensor]:
     live = (A.amax((-2, -1)) > A.amin((-2, -1))).nonzero()[:, 0]             # (C',)
     yield from live.split(group) if len(live) else ()
 
+# %% ../../nbs/09e_score_cam.ipynb #5e0c4a03
 def masked_logits(
     model: nn.Module,  # in eval mode
     x: Tensor,         # (1,3,H,W) normalized picture
@@ -107,11 +109,17 @@ def _check(model: nn.Module, score: str, baseline: str, order: str, group: int, 
     if model.training: raise ValueError("the network is in training mode, so the scores of a group would depend on each other; call model.eval() first")
 
 # %% ../../nbs/09e_score_cam.ipynb #47ff47ca
-def _finite(logits: Tensor, black: Tensor, name: str) -> None:
+def _finite(A: Tensor, logits: Tensor, black: Tensor, name: str) -> None:
     "Refuse NaN and infinity before they spread over a map"
+    if not torch.isfinite(A).all(): raise ValueError(f"Score-CAM, {name}: the network's features hold NaN or infinity; check its weights and the picture's normalization")
     bad = int((~torch.isfinite(torch.cat([logits, black[None]]))).any(1).sum())
     if bad: raise ValueError(f"Score-CAM, {name}: the network gives NaN or infinity for {bad} of {len(logits) + 1} masked pictures; "
                              "check its weights and the picture's normalization")
+
+# %% ../../nbs/09e_score_cam.ipynb #5e0c4a06
+def _most_varying(A: Tensor, channels: int | None) -> Tensor:
+    "So many channels, those with the largest variance, in their order"
+    return A if channels is None else A[A.flatten(1).var(1).topk(min(channels, len(A))).indices.sort().values]
 
 # %% ../../nbs/09e_score_cam.ipynb #73ef04b5
 def score_maps(
@@ -128,10 +136,9 @@ def score_maps(
     **masks,                        # order, align_corners, eps of `activation_masks`
 ) -> Tensor:                        # (n,h,w) not normalized
     "Score-CAM of one view"
-    A = class_features(model, x)[0]                                          # (C,h,w)
-    if channels is not None: A = A[A.flatten(1).var(1).topk(min(channels, len(A))).indices.sort().values]
+    A = _most_varying(class_features(model, x)[0], channels)                 # (C,h,w)
     logits, black = masked_logits(model, x, A, group, **masks)               # (C,K), (K,)
-    _finite(logits, black, name)
+    _finite(A, logits, black, name)
     below = dict(none=lambda: None, black=lambda: black, picture=lambda: branch_logits(model, x)[0])[baseline]()
     return torch.einsum("nc,chw->nhw", channel_weights(logits, keys, score, channel_softmax, below), A).relu()
 
@@ -158,15 +165,20 @@ def score_cam_views(
 ) -> list[Tensor]:                  # (n,h,w) per scale, not normalized
     "Score-CAM (Wang et al., 2020), for `adcam.seeds.merge`"
     _check(model, score, baseline, order, group, channels)
-    out, device = [], next(model.parameters()).device
     options = dict(score=score, channel_softmax=channel_softmax, baseline=baseline, group=group, channels=channels, order=order, align_corners=align_corners, eps=eps)
-    for scale in scales:
-        x = view(image, scale, model.stride, size_mode).to(device)           # (1,3,H,W)
-        maps = [score_maps(model, v, keys, name=f"{name} at scale {scale:g}", **options) for v in ([x, x.flip(-1)] if flip else [x])]
-        maps = [m - m.amin((-2, -1), keepdim=True) if floor else m for m in maps]
-        total = maps[0] + maps[1].flip(-1) if flip else maps[0]              # (n,h,w)
-        out.append(without_padding(total, image.shape[:2], scale, model.stride, size_mode))
-    return out
+    def one(x, scale):
+        m = score_maps(model, x, keys, name=f"{name} at scale {scale:g}", **options)
+        return m - m.amin((-2, -1), keepdim=True) if floor else m            # (n,h,w)
+    return [with_mirror(lambda x: one(x, s), model, image, s, flip, size_mode) for s in scales]
+
+# %% ../../nbs/09e_score_cam.ipynb #5e0c4a11
+def _part(model: nn.Module, options: dict) -> tuple[dict, float, float]:
+    "A few channels as a probe: its options, and how many times its seconds and its memory all of them take"
+    every = min(options.get("channels") or math.inf, class_weights(model).shape[1])
+    few = min(every, 4)
+    return dict(channels=few), (every + 2)/(few + 2), max(1, min(every, options.get("group", 32))/few)  # two more: the picture, and black
+
+score_cam_views.part = _part
 
 # %% ../../nbs/09e_score_cam.ipynb #90d157c1
 def score_cam(

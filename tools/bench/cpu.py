@@ -7,7 +7,8 @@ no commit is given. They do the same work once each, again and again: before, af
 (`time.process_time`), which a process that waits does not use; but a neighbor on the same core still takes cache and clock away. So two numbers
 are given: the ratio of the fastest turns, and the median of the ratios of turns that were next to each other. The goal holds for both.
 
-Seeds are made as a worker process makes them, file included. A training runs by its public function with the settings for Scenes; a turn is
+Seeds of Scenes are made as a worker process makes them, file included. Networks of photographs have random weights, which cost what trained ones
+cost; a photograph is four scenes side by side. A training runs by its public function with the settings for Scenes; a turn is
 everything between two steps of its optimizer: the views, the losses, the gradients, the update, the bookkeeping. No function here is named
 differently at the two commits, so that each does what its users get.
 """
@@ -135,13 +136,64 @@ def crf(turn):
         dense_crf(unary, image)
 
 
+def photograph(height, width):
+    "Four scenes of the right size: (H,W,3) uint8"
+    import numpy as np
+    from PIL import Image
+    a, b, c, d = (s.image for s in Held(4).samples)
+    return np.asarray(Image.fromarray(np.block([[[a], [b]], [[c], [d]]])).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def large_seeds(turn):
+    import numpy as np
+    from adcam.conformer import conformer_small
+    from adcam.seeds import extract
+    net, image, label = conformer_small(20).eval(), photograph(375, 500), np.eye(20)[3] + np.eye(20)[7]
+    while True:
+        turn()
+        extract(net, image, label, "ad_cam", k=50, steps=2)
+
+
+def advcam(turn):
+    from adcam.cnn import mini_path, resnet_mini
+    from adcam.seeds import extract
+    net, ds = resnet_mini(10, checkpoint=mini_path(0)).eval(), Held(8)
+    for i in count():
+        turn()
+        extract(net, ds[i % 8].image, ds[i % 8].label, "advcam", flip=True, iterations=9)
+
+
+def explained(turn):
+    from adcam.branches import TwoBranch
+    from adcam.photo import explain
+    net, image = TwoBranch("resnet50", "deit_small_patch16_224", None).eval(), photograph(375, 500)
+    while True:
+        turn()
+        found = explain(image, ["tabby", "lynx"], model=net)
+        for method in found.heat:
+            found.heat_map(method), found.mask(method)
+
+
+def prediction(turn):
+    from adcam.deeplab import DeepLabV2
+    from adcam.segment import predict
+    net, image = DeepLabV2(21).eval(), photograph(188, 250)
+    while True:
+        turn()
+        predict(net, image)
+
+
 WORK = {"seeds, AD-CAM, conformer_mini, one image of Scenes": lambda turn: seeds(turn, "ad_cam", k=50, steps=2),
         "seeds, CAM, conformer_mini, one image of Scenes": lambda turn: seeds(turn, "cam"),
         "training step, conformer_mini, batch 16 at 112": classifier,
         "training step, IRNet on resnet_mini, batch 16 at 160": boundaries,
         "training step, deeplabv2_mini, batch 8 at 128": segmentation,
         "random walk, 2 maps of 94x125, 2^8 steps": walk,
-        "CRF, 3 labels on 188x250, 10 iterations": crf}
+        "CRF, 3 labels on 188x250, 10 iterations": crf,
+        "seeds, AD-CAM, Conformer-S, one photograph of 375x500, one scale": large_seeds,
+        "AdvCAM, resnet_mini, 9 maps of one image of Scenes with its mirror image": advcam,
+        "explain, ResNet-50 and DeiT-S, one photograph of 375x500, two classes, maps and masks": explained,
+        "prediction, DeepLabV2 with CRF, one photograph of 188x250": prediction}
 
 
 def child():
@@ -195,7 +247,7 @@ class Side:
         self.process.wait()
 
 
-def in_turns(name, sides, seconds, least=9):
+def in_turns(name, sides, seconds, least=15):
     "CPU seconds of every turn: (before, after)"
     for s in sides:
         s.begin(name)
@@ -250,7 +302,7 @@ def main():
         sides = [Side(f) for f in folders]
         for name in names:
             rows.append(r := compared(name, in_turns(name, sides, a.seconds)))
-            print(f"{name:54} {r['before']:8.2f} -> {r['after']:8.2f} ms  fastest x {r['ratio']:.3f}, in pairs x {r['paired_ratio']:.3f} ({r['turns']} turns)  {'ok' if r['ok'] else 'SLOWER'}", flush=True)
+            print(f"{name:86} {r['before']:8.2f} -> {r['after']:8.2f} ms  fastest x {r['ratio']:.3f}, in pairs x {r['paired_ratio']:.3f} ({r['turns']} turns)  {'ok' if r['ok'] else 'SLOWER'}", flush=True)
         for s in sides:
             s.close()
     if a.rows or a.after:

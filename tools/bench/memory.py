@@ -4,7 +4,7 @@
 
 Each figure is a process of its own on one thread; the two ways take turns, and medians are written: user and system seconds of a step, from runs of one and of more steps, and
 the peak of the process. Random networks and drawn scenes of 448 pixels take the place of photographs: the seconds are alike. How dear the kernel's part is depends on the
-machine: a virtual one may have to ask its host for each page.
+machine: a virtual one may have to ask its host for each page. It is much where the first maps are large (here), and nothing where the arithmetic is (DeepLabV2).
 """
 import argparse
 import json
@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,10 +23,8 @@ import torch
 from adcam import training
 from adcam.cnn import CamNet, train_cam
 from adcam.data import Subset
-from adcam.deeplab import DeepLabV2
 from adcam.pipeline import provenance, save_result
 from adcam.scenes import Scenes
-from adcam.segment import RECIPES, train_segmentation
 from adcam.voc import recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,11 +35,7 @@ def classifier(ds, steps: int) -> None:
     train_cam(net, Subset(ds, n=16 * steps), recipe(batch=16, epochs=1, crop=392, resize=(320, 640)), progress=False)
 
 
-def segmentation(ds, steps: int) -> None:
-    train_segmentation(DeepLabV2(len(ds.classes) + 1), ds, lambda s: s.mask, replace(RECIPES["deeplabv2_voc"], iterations=steps, batch=4, accumulate=1, check=10**6), progress=False)
-
-
-STEPS = {"classifier of EfficientNet-Lite0, 16 views of 392": classifier, "DeepLabV2 with ResNet-101, 4 views of 321": segmentation}
+STEPS = {"classifier of EfficientNet-Lite0, 16 views of 392": classifier}
 
 
 def child(name: str, kept: bool, steps: int, cache: str) -> None:
