@@ -97,16 +97,14 @@ photos: install ## AD-CAM from public networks on photographs with masks: make p
 	@test -n "$(DATA)" || { echo "photographs are not shipped: make photos DATA=FOLDER, a folder in PASCAL VOC layout" >&2; exit 1; }
 	$(PAPER) photos -f configs/photos.yaml -p data=$(DATA) $(WITH) --out $(OUT)
 
-# COUNTS=FOLDER reads what tools/voc_measure.py has counted, perhaps on a GPU; DATA=FOLDER CNN=FILE VIT=FILE count here first
-voc-public: OUT = results/voc
-voc-public: COUNTS ?= .cache/voc/counts
-voc-public: install ## Tables 1 and 3 and Figures 4 to 6 on PASCAL VOC with public networks: make voc-public DATA=FOLDER CNN=FILE VIT=FILE (hours; 2 min from COUNTS=FOLDER)
-	@test -n "$(DATA)$(wildcard $(COUNTS)/*.npz)" || { echo "nothing to read: give COUNTS=FOLDER, or DATA=FOLDER CNN=FILE VIT=FILE (tools/weights/convert.py makes the files)" >&2; exit 1; }
-	test -z "$(DATA)" || $(PY) tools/voc_measure.py --data $(DATA) --cnn-weights $(CNN) --vit-weights $(VIT) --work .cache/voc --out $(COUNTS) all
-	for name in table3 fig4 fig5 fig6 table1; do $(PAPER) $$name -p counts=$(abspath $(COUNTS)) --out $(OUT) || exit 1; done
+# COUNTS=FOLDER reads what tools/voc_measure.py has counted, perhaps on a GPU, and makes table3 (with why), fig4, fig5, fig6, table1 (with baselines) of it
+# LIMIT=4 tries the way; ONLY=fig4,table3 takes some; WITH="--lists train,val --network CNN+VIT" and more: tools/voc_public.py --help
+voc-public: install ## every file of results/voc but kit: make voc-public DATA=FOLDER CNN=FILE VIT=FILE (a day, goes on where it was stopped; 2 min from COUNTS=FOLDER)
+	$(PY) tools/voc_public.py $(if $(DATA),--data "$(DATA)") $(if $(COUNTS),--counts "$(COUNTS)") $(if $(CNN),--cnn-weights "$(CNN)") $(if $(VIT),--vit-weights "$(VIT)") \
+	  $(if $(LIMIT),--limit $(LIMIT)) $(if $(ONLY),--only $(ONLY)) $(if $(filter command line,$(origin OUT)),--out "$(OUT)") $(WITH)
 
 # Conformer-S as published, VOC with SBD, GPUs: make voc DATA=FOLDER WEIGHTS=FILE WITH="--resnet timm --init timm --processes 8"
-# LIMIT=2 tries the way; ESTIMATE=1 only says the hours
+# LIMIT=2 tries the way with the shortest trainings; ESTIMATE=1 only says the hours
 voc: OUT = results/voc_paper
 voc: install ## Tables 1 and 3 of the paper as printed: make voc DATA=FOLDER WEIGHTS=FILE (hours, on a GPU; says how many first)
 	@test -n "$(DATA)$(ESTIMATE)" || { echo "VOC is not shipped: make voc DATA=FOLDER WEIGHTS=FILE (adcam data get voc2012 FOLDER), or ESTIMATE=1" >&2; exit 1; }

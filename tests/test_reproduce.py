@@ -62,3 +62,12 @@ def test_a_bench_without_a_row_is_named():
 def test_a_folder_is_asked_for(capsys):
     if not (ROOT / "results/bench/gpu.json").exists(): pytest.skip("no results/bench/gpu.json")
     assert main([]) == 2 and "--data" in capsys.readouterr().err
+
+
+def test_a_limited_run_is_short_unless_told_otherwise(capsys):
+    if not (ROOT / "results/bench/gpu.json").exists(): pytest.skip("no results/bench/gpu.json")
+    def hours(*words):
+        assert main([*words, "--estimate"]) == 0
+        return next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| segmentation |"))
+    assert hours("--limit", "2").endswith(" s |")
+    assert hours("--limit", "2", "--set", "seg_iterations=20000", "--set", "seg_batch=10") == hours()

