@@ -74,7 +74,7 @@ def test_committed_sizes_are_those_of_the_command(public, photographs):
     plan = {n: " ".join(map(str, s.command)) for n, s in public.steps(public.options(words(photographs))).items()}
     taken = {s["step"]: s["settings"] for s in load_result("table1", HERE)["steps"]}
     irn, seg, effort = taken["masks"], taken["segment"], load_result("baselines", HERE)["effort"]
-    assert f"crop={irn['crop']},batch={irn['batch']} --irn-epochs {irn['epochs']}" in plan["masks"]
+    assert f"crop={irn['crop']},batch={irn['batch']},lr_edge={irn['lr_edge']} --irn-epochs {irn['epochs']}" in plan["masks"]
     assert f"crop={seg['crop']},batch={seg['batch']} --seg-iterations {seg['iterations']}" in plan["segment"]
     assert all(f"{n}={effort[n]}" in plan["baselines"] for n in ("advcam", "channels", "affinity"))
     assert f"--photographs {','.join(str(len(v)) for v in load_result('scales', HERE)['photographs'].values())}" in plan["scales"]

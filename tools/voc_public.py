@@ -92,7 +92,7 @@ def steps(a) -> dict[str, Step]:
                     ("count", "masks", "segment", "baselines") if name == "table1" else ("count",))
 
     named = [f"{k}={Path(f).resolve()}" for k, f in (("cnn_weights", a.cnn_weights), ("vit_weights", a.vit_weights)) if f]
-    masks, boundaries = dict(limit=n or 500), ["--rows", 8, "--every", 1 if few else 2, "--irn", "crop=384,batch=8", "--irn-epochs", 1 if few else 6]
+    masks, boundaries = dict(limit=n or 500), ["--rows", 8, "--every", 1 if few else 2, "--irn", "crop=384,batch=8,lr_edge=0.05", "--irn-epochs", 1 if few else 6]
     learned = ["--seg", "crop=257,batch=16", "--seg-iterations", 2 if few else 500, "--seg-rows", 1 if few else 4]
     effort = f"learn={n},advcam=1,rib_steps=1,rib_others=1,rib_crop=64,channels=2,recam_steps=2,seam_epochs=1,oaa_epochs=2,integral_epochs=1,affinity={n},affinity_epochs=1,batch=2" if few else "advcam=13,channels=32,affinity=250"
     reported = a.lists.split(",")[0]
@@ -105,7 +105,7 @@ def steps(a) -> dict[str, Step]:
         masks=Step(measure("masks", *boundaries, **masks), [a.counts / "masks.json"], [trained], after=("count",)),
         walks=Step([TOOLS / "voc_walks.py", *lists, *pair, *vit, *saw, "--work", a.work, "--limit", masks["limit"], "--photographs", f"{n},{n}" if few else "250,156", "--out", a.out], [a.out / "walks.json"], sorted((a.work / "masks/irnet").glob("*.safetensors")), after=("masks",)),
         baselines=Step(measure("baselines", "--seeds", 0, "--few", f"{n},{n}" if few else "40,40", "--more", f"{n},{n}" if few else "120,80", "--effort", effort), [a.counts / "baselines.json"], [trained], after=("count", "masks")),
-        table2=Step(paper("table2", f"data={Path(a.data or '.').resolve()}", f"network={a.network}", f"weights={trained.resolve()}", *named, f"lists={reported}", "related=False", f"timed_images={1 if few else 4}", f"limit={n}",
+        table2=Step(paper("table2", f"data={Path(a.data or '.').resolve()}", f"network={a.network}", f"weights={trained.resolve()}", *named, f"lists={reported}", f"related={not few}", f"timed_steps={1 if few else 2}", f"timed_images={1 if few else 4}", f"limit={n}",
                           "saw=" + json.dumps(f"{a.cnn_saw or SAW['cnn']}; {a.vit_saw or SAW['vit']}")),
                     [a.out / "table2.json"], [trained], after=("count",)),
         segment=Step(measure("segment", "--rows", 8, *learned, **masks), [a.counts / "masks.json"], sorted((a.work / "masks/irnet").glob("*.safetensors")), after=("masks",)),
