@@ -38,3 +38,17 @@ def test_what_differs_beside_the_seed_is_refused(repeats, tmp_path, capsys, othe
 def test_no_masks_is_said(repeats, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped: repeats.main([str(tmp_path), str(tmp_path)])
     assert stopped.value.code == 2 and "masks.json" in capsys.readouterr().err
+
+
+def test_it_trains_again_on_the_same_maps_and_labels(repeats, tmp_path, monkeypatch):
+    "With the settings of the first and the next seed, in a folder of its own"
+    first, work, called = counts(tmp_path / "a", 3, epochs=6, crop=384, lr_edge=.05, weight_decay=1e-4, power=.9, momentum=.9, radius=10), tmp_path / "work", []
+    for name in ("masks/maps/val-0.npz", "masks/labels/CAM/x.png", "masks/irnet/CAM.safetensors", "cnn_seed0.safetensors"):
+        (work / name).parent.mkdir(parents=True, exist_ok=True)
+        (work / name).write_bytes(b"1")
+    monkeypatch.setattr(repeats.subprocess, "run", lambda command, check: called.append(command))
+    other = repeats.again(first, work, ["--data", "photos"])
+    assert (other.parent / "masks/maps/val-0.npz").is_file() and (other.parent / "cnn_seed0.safetensors").is_file() and not (other.parent / "masks/irnet").exists()
+    told = " ".join(called[0])
+    assert "--data photos" in told and f"--work {other.parent} --out {other}" in told and "--irn-epochs 6" in told and "crop=384,lr_edge=0.05" in told and "seed=4 masks" in told
+    repeats.again(first, work, [])                                          # once more: links are there

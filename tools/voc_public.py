@@ -109,7 +109,8 @@ def steps(a) -> dict[str, Step]:
                           "saw=" + json.dumps(f"{a.cnn_saw or SAW['cnn']}; {a.vit_saw or SAW['vit']}")),
                     [a.out / "table2.json"], [trained], after=("count",)),
         segment=Step(measure("segment", "--rows", 8, *learned, **masks), [a.counts / "masks.json"], sorted((a.work / "masks/irnet").glob("*.safetensors")), after=("masks",)),
-        table1=drawn("table1"))
+        table1=drawn("table1"),
+        repeats=Step([TOOLS / "voc_repeats.py", a.counts, "--work", a.work, "--out", a.out, "--", *measure(*boundaries, **masks)[1:]], [a.out / "repeats.json"], sorted((a.work / "masks/irnet").glob("*.safetensors")), after=("masks", "table1")))
 
 
 def wanted(a) -> list[str]:
