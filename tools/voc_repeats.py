@@ -22,7 +22,7 @@ def boundaries(folder: Path) -> tuple[dict, dict]:
     "(row, split, rule) -> its pseudo masks, and the settings of the boundary networks"
     found = json.loads((folder / "masks.json").read_text())
     rows = {(r["row"], r["split"], r["rule"]): r for r in found["rows"] if r["column"] == "pseudo"}
-    return rows, next(s["settings"] for s in found["steps"] if s["step"] == "masks")
+    return rows, [s["settings"] for s in found["steps"] if s["step"] == "masks"][-1]
 
 
 def repeats(one: Path, two: Path) -> tuple[list[dict], dict]:
