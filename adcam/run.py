@@ -567,7 +567,7 @@ def _segment(log: _Log, c: _Call, ds: Any) -> None:
     "Training on pseudo masks, predictions with CRF for the test split, their score if it has masks"
     init = c.init or c.cnn_weights if is_pair(c.profile) else c.init
     looks = None if c.limit is None else LOOKS
-    learn = lambda: segmentation_stage(c.profile, ds, c.out, init, c.seed, c.progress, c.device, looks, mixed_precision=c.precision)
+    learn = lambda: segmentation_stage(c.profile, ds, c.out, init, c.seed, c.progress, c.device, looks, mixed_precision=c.precision, workers=c.workers)
     net, test = log.stage("segmentation", len(ds), learn).to(c.place), _opened(c.data, c.profile.test_split, c.limit)
     def predict():
         left_out, words = _counted(c, lambda **k: predict_dataset(net, test, c.out / "predictions", precision=c.precision, **k))

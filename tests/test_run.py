@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
+import adcam.run
 from adcam.data import open_data
 from adcam.pipeline import profiles
 from adcam.run import method_options, override, run, run_data, score_masks, score_seeds, segmentation_net
@@ -132,11 +133,13 @@ def test_not_under_a_launcher(monkeypatch, tmp_path):
 SMALL_NET = ["segmentation=deeplabv2_mini", "seg_iterations=2", "seg_batch=2", "seg_crop=64"]
 
 
-def test_segmentation_is_the_next_stage(tree, finished, tmp_path):
-    root, out = tree[0], tmp_path / "run"
+def test_segmentation_is_the_next_stage(tree, finished, tmp_path, monkeypatch):
+    root, out, asked, train = tree[0], tmp_path / "run", [], adcam.run.train_segmentation
+    monkeypatch.setattr(adcam.run, "train_segmentation", lambda net, ds, masks, config, **o: asked.append(config) or train(net, ds, masks, config, **o))
     shutil.copytree(finished[0], out)
     p = override(profiles["voc"], [*TINY, *SMALL_NET, "test_split=train"])
-    result = run(p, f"voc:{root}", out, limit=5, segment=True, progress=False)
+    result = run(p, f"voc:{root}", out, limit=5, segment=True, workers=1, progress=False)
+    assert asked[0].workers == 1
     notes = [r["stage"] for r in result.rows]
     assert notes[-3:] == ["segmentation", "predictions", "prediction scores"]
     predictions = result.rows[-2]
