@@ -87,7 +87,7 @@ def two(images: list[np.ndarray], repeats: int) -> dict:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--photos", type=Path, default=os.environ.get("ADCAM_COCO_MINI") or project_root().parent / "shared/data/coco_mini", help="folder with JPEGImages/*.jpg")
+    p.add_argument("--photos", type=Path, default=os.environ.get("ADCAM_COCO_MINI", "coco_mini"), help="folder with JPEGImages/*.jpg")
     p.add_argument("--count", type=int, default=3, help="pictures of each kind")
     p.add_argument("--repeats", type=int, default=3)
     p.add_argument("--out-dir", type=Path, default=project_root() / "results/bench")

@@ -88,7 +88,7 @@ def main() -> None:
         about = write_tree(Path(tmp) / "voc")
         ds = VOCFolder(Path(tmp) / "voc", "train")
         rows, prints["scenes as JPEG"] = measure(ds, a.n, a.rounds, "JPEG 500x375", LIMIT, **about), ds.fingerprint()
-    mini = Path(os.environ.get("ADCAM_COCO_MINI") or ROOT.parent / "shared/data/coco_mini")
+    mini = Path(os.environ.get("ADCAM_COCO_MINI", "coco_mini"))
     if mini.is_dir():
         ds = VOCFolder(mini, "trainval", classes=VOC_CLASSES)
         size = round(float(np.mean([ds.image_path(i).stat().st_size for i in range(len(ds))])))

@@ -172,7 +172,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=8, help="rounds of the time ratio at 384")
     parser.add_argument("--out", type=Path, default=ROOT / "results/bench", help="folder of extract.json")
     a = parser.parse_args()
-    began, data = time.time(), a.data or Path(os.environ.get("ADCAM_COCO_MINI") or ROOT.parent / "shared/data/coco_mini")
+    began, data = time.time(), a.data or Path(os.environ.get("ADCAM_COCO_MINI", "coco_mini"))
     rows, prints = at_384(a.rounds) + large(), {}
     with tempfile.TemporaryDirectory() as folder:
         rows += flat(Path(folder))
